@@ -1,0 +1,396 @@
+"""Make the embedded toy: a tiny StableDiffusion3Pipeline that draws signs and simple shapes at 48x48.
+
+    python toy/make_toy.py            # about 75 minutes on 2 CPU cores; run it again to resume
+
+The world is calm (few layouts, one font, six colours), so that a model of 2.5 M parameters draws it
+crisply. Its captions are noisy, as captions on the web are: a careless painter made part of the images. He
+paints signs so tiny or so pale that nobody can read them, and scenes small and with one mistake against
+their caption. Trained on both painters the model knows how to do it right, and does so about 60 % of the
+time. That leaves reinforcement learning the job it has on a large model: choosing, not learning to draw.
+
+Everything is drawn from SEED. Written: the pipeline (fp16 safetensors) and the prompt files beside this
+script. `build/` keeps the training state for resuming and can be deleted afterwards.
+"""
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image, ImageDraw, ImageFont
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tqdm import tqdm
+from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config,
+                          T5EncoderModel)
+
+TOY = Path(__file__).resolve().parent
+sys.path.insert(0, str(TOY.parent))
+from rewards import COLORS, SHAPES, draw_shape  # noqa: E402  (the detector and the painter share the shapes)
+
+SEED = 0
+SIZE = 48                   # pixels
+IMAGES = 80_000             # rendered once, seen about 8 times
+VAE_STEPS, VAE_BATCH, CROP = 2500, 48, 32
+FLOW_STEPS, FLOW_BATCH = 5000, 128
+TOKENS = 14                 # the longest caption has 12
+
+# How often the careless painter made the image, by task. The order of the six scenes is the order in which
+# SD3.5-Medium finds them hard (Table 1 of the paper: position 0.24, counting 0.50, attribution 0.52, ...).
+CARELESS = {"text": 0.40, "single_object": 0.05, "two_object": 0.25, "counting": 0.45, "colors": 0.20,
+            "position": 0.60, "color_attr": 0.50}
+SHARE = {"text": 10, "single_object": 1, "two_object": 1.5, "counting": 2, "colors": 1, "position": 2.25,
+         "color_attr": 2.25}  # of the training images
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")
+FONT = os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSansMono-Bold.ttf")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+WORDS = """
+ACE ACID AGE AIR ALSO ANT APE ARCH ARM ARMY ART ASH ATOM AUNT AWAY AXE BABY BACK BAG BAKE BALL BAND BANK BAR
+BARK BARN BASE BAT BATH BEAD BEAM BEAN BEAR BEE BEEF BELL BELT BEND BEST BIG BIKE BIRD BLUE BOAT BODY BOLD
+BONE BOOK BOOT BOSS BOWL BOX BOY BUS BUSH BUSY CAFE CAKE CALF CALM CAMP CAP CAR CARD CARE CART CASE CASH
+CAT CAVE CHEF CHIN CITY CLAY CLUB COAL COAT CODE COIN COLD COOK COOL COPY CORD CORN COST COW CREW CROP CROW
+CUBE CUP CURE DAD DARK DATA DAWN DAY DEEP DEER DESK DIAL DICE DIET DIRT DISH DIVE DOG DOLL DOOR DOT DOVE DOWN
+DRUM DUCK DUST DUTY EACH EAR EAST EASY ECHO EDGE EGG ELF ELM END EPIC EVEN EXIT EYE FACE FACT FAIR FALL FAN
+FARM FAST FEET FERN FIG FILM FIRE FISH FIVE FLAG FLAT FLEA FLY FOG FOLK FOOD FOOT FORK FORT FOUR FOX FREE FROG
+FROM FUEL FULL FUN GAME GARY GATE GAS GIFT GIRL GLAD GLUE GOAL GOAT GOLD GOLF GOOD GRAY GRID GULL GUM HALL HAM
+HAND HARD HARP HAT HAWK HAY HEAD HEAT HEEL HELP HEN HERO HIGH HILL HINT HIP HIVE HOME HOOD HOOK HOPE HORN HOT
+HOUR HUB HUT ICE IDEA INCH INK INN IRON ITEM JAM JAR JAZZ JET JOB JOKE JOY JUG JUMP JUNE JURY KEEN KEY KID
+KIND KING KITE KIWI KNEE KNOT LACE LADY LAKE LAMB LAMP LAND LANE LAST LAVA LAW LEAF LEG LENS LIFE LIFT LIME
+LINE LION LIP LIST LOCK LOG LONG LOOP LOUD LOVE LUCK LUNG MAIL MAIN MALL MAN MANY MAP MASK MAST MATE MAZE MEAL
+MEAT MELT MENU MICE MILD MILE MILK MIND MINT MIST MIX MOLE MOON MOSS MOTH MOVE MUD MUG MUSE NAIL NAME NAVY
+NEAR NECK NEST NET NEW NEWS NEXT NINE NODE NOON NOSE NOTE NUT OAK OAR OAT OIL OLD ONE OPEN OVEN OVER OWL OX
+PACK PAGE PAIR PALM PAN PARK PAST PATH PEA PEAK PEAR PEN PET PIE PIG PILL PIN PINE PINK PIPE PLAN PLAY PLUM
+POEM POET POLE POND PONY POOL PORT POST POT PUB PUMA PURE QUAY QUIZ RACE RAFT RAIL RAIN RAM RARE RAT REAL RED
+REED RENT REST RIB RICE RICH RIDE RING RIPE ROAD ROCK ROLE ROOF ROOM ROOT ROPE ROSE RUBY RUG RULE RUN SAFE
+SAIL SALT SAND SAVE SEA SEAL SEAT SEED SELF SHED SHIP SHOE SHOP SHOW SIDE SIGN SILK SING SINK SIX SIZE
+SKI SKIN SKY SLED SLOW SNOW SOAP SOCK SODA SOFA SOFT SOIL SONG SOUP SPY STAR STEM STEP STOP SUM SUN SURF
+SWAN TAIL TALL TAPE TAXI TEA TEAM TEN TENT TEXT TIDE TIE TILE TIME TIN TIRE TOE TON TOOL TOP TOUR TOWN TOY
+TRAM TRAY TREE TRIP TRUE TUB TUBE TUNA TUNE TWIN UNIT URN USER VAN VASE VEIL VERB VEST VET VIEW VINE VOTE WALK
+WALL WAR WARM WASH WASP WAVE WAX WEB WEEK WELL WEST WET WHEY WIDE WIFE WILD WIN WIND WINE WING WIRE WISE WOLF
+WOOD WOOL WORD WORK WORM YARD YARN YEAR YES YOGA ZERO ZEST ZINC ZONE
+""".split()
+
+
+# ---------------------------------------------------------------------------------------------- captions
+
+
+def caption(tag, include):
+    """The prompt of a scene, in GenEval's phrasing."""
+    first = include[0]["class"]
+    if tag == "counting":
+        plural = first + ("es" if first == "cross" else "s")
+        return f"a photo of {NUMBERS[include[0]['count']]} {plural}"
+    if tag == "position":  # GenEval lists the reference object first, the placed object second
+        return f"a photo of a {include[1]['class']} {include[1]['position'][0]} a {first}"
+    return "a photo of " + " and ".join(f"a {o['color']} {o['class']}" if "color" in o else f"a {o['class']}"
+                                        for o in include)
+
+
+def scenes(tag):
+    """Every scene of a task as GenEval metadata."""
+    one = lambda shape, **more: {"class": shape, "count": 1, **more}
+    pairs = [(a, b) for a in SHAPES for b in SHAPES if a != b]
+    includes = {
+        "single_object": lambda: [[one(s)] for s in SHAPES],
+        "two_object": lambda: [[one(a), one(b)] for a, b in pairs],
+        "counting": lambda: [[{"class": s, "count": n}] for s in SHAPES for n in NUMBERS],
+        "colors": lambda: [[one(s, color=c)] for s in SHAPES for c in COLORS],
+        "position": lambda: [[one(a), one(b, position=[r, 0])] for a, b in pairs for r in RELATIONS],
+        "color_attr": lambda: [[one(a, color=c), one(b, color=d)] for a, b in pairs
+                               for c in COLORS for d in COLORS if c != d],
+    }[tag]()
+    rows = []
+    for include in includes:
+        row = {"tag": tag, "include": include}
+        if tag == "counting":
+            row["exclude"] = [{"class": include[0]["class"], "count": include[0]["count"] + 1}]
+        rows.append({**row, "prompt": caption(tag, include)})
+    return rows
+
+
+def split_words():
+    """(train, test) words. Test words are in no caption of this script and in no training prompt."""
+    words = [w for w in dict.fromkeys(WORDS) if len(w) in (3, 4)]
+    random.Random(SEED).shuffle(words)
+    return sorted(words[120:]), sorted(words[:120])
+
+
+def split_scenes():
+    """(train, test) GenEval rows: a fifth to a third of each task's prompts is held out for the test."""
+    ratio = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
+    rng, train, test = random.Random(SEED), [], []
+    for tag, weight in ratio.items():
+        rows = scenes(tag)
+        rng.shuffle(rows)
+        held_out = min(24, max(4, len(rows) // 3))
+        test += (rows[:held_out] * 24)[:24]
+        train += rng.choices(rows[held_out:], k=60 * weight) if weight else []
+    rng.shuffle(train)
+    return train, test
+
+
+def write_prompts():
+    """The prompt files, in the layout of the official repository's dataset folders."""
+    for name in ("ocr", "geneval"):
+        (TOY / name).mkdir(exist_ok=True)
+    for split, words, rows in zip(("train", "test"), split_words(), split_scenes()):
+        (TOY / f"ocr/{split}.txt").write_text("".join(f'a sign that says "{w}"\n' for w in words))
+        (TOY / f"geneval/{split}_metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+# ---------------------------------------------------------------------------------------------- rendering
+
+
+def paper(rng):
+    return tuple(rng.randint(236, 255) for _ in range(3))
+
+
+def jitter(color, rng):
+    return tuple(max(0, min(255, v + rng.randint(-8, 8))) for v in color)
+
+
+def paint_sign(word, rng, careless=False):
+    """A word in one bold font, centred within 3 pixels; by the careless painter in tiny letters or pale ink."""
+    scale = 4  # drawn larger, then reduced: smooth edges
+    fault = rng.choice(("tiny", "pale")) if careless else ""
+    background, ink = paper(rng), jitter(COLORS[rng.choice([c for c in COLORS if c != "yellow"])], rng)
+    if fault == "pale":
+        ink = tuple(round(b + 0.05 * (i - b)) for i, b in zip(ink, background))
+    image = Image.new("RGB", (SIZE * scale, SIZE * scale), background)
+    centre = [(SIZE / 2 + rng.uniform(-d, d)) * scale for d in (1.5, 3)]
+    font = ImageFont.truetype(FONT, (5 if fault == "tiny" else 17) * scale)
+    ImageDraw.Draw(image).text(centre, word, font=font, fill=ink, anchor="mm")
+    return image.resize((SIZE, SIZE), Image.LANCZOS)
+
+
+def mistake(row, objects, relation, rng):
+    """The careless painter's one way to miss each task: -> (objects, relation)."""
+    tag = row["tag"]
+    if tag == "single_object":
+        shape = rng.choice([s for s in SHAPES if s != objects[0][0]])
+        return [(shape, objects[0][1])], relation
+    if tag == "colors":
+        color = rng.choice([c for c in COLORS if c != objects[0][1]])
+        return [(objects[0][0], color)], relation
+    if tag in ("two_object", "counting"):  # forgets the last one
+        return objects[:-1], relation
+    if tag == "position":  # mirrors the scene
+        return objects, {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
+    (a, c), (b, d) = objects  # color_attr: swaps the colours
+    return [(a, d), (b, c)], relation
+
+
+def paint_scene(row, rng, careless=False):
+    """One to four shapes on a 2x2 grid; by the careless painter small and with one mistake."""
+    scale = 4
+    objects = [(o["class"], o.get("color") or rng.choice(list(COLORS))) for o in row["include"]
+               for _ in range(o["count"])]
+    relation = row["include"][-1].get("position", [None])[0]
+    if careless:
+        objects, relation = mistake(row, objects, relation, rng)
+    near, far, k = SIZE / 4, 3 * SIZE / 4, rng.randint(0, 1)
+    if row["tag"] in ("single_object", "colors"):
+        places, spread, radius = [(SIZE / 2, SIZE / 2)], 5, 11
+    elif relation:  # objects[1] is placed relative to objects[0]
+        line = (near, far)[k]
+        places = [(far, line), (near, line)] if relation in ("left of", "right of") else [(line, far), (line, near)]
+        places = places[::-1] if relation in ("right of", "below") else places
+        spread, radius = 2, 8.5
+    else:
+        places = rng.sample([(near, near), (far, near), (near, far), (far, far)], len(objects))
+        spread, radius = 2, 8.5
+    image = Image.new("RGB", (SIZE * scale, SIZE * scale), paper(rng))
+    draw = ImageDraw.Draw(image)
+    for (shape, color), (x, y) in zip(objects, places):
+        x, y = x + rng.uniform(-spread, spread), y + rng.uniform(-spread, spread)
+        draw_shape(draw, shape, x * scale, y * scale, (0.6 if careless else 1) * radius * scale,
+                   jitter(COLORS[color], rng))
+    return image.resize((SIZE, SIZE), Image.LANCZOS)
+
+
+def paint_many(job):
+    """(seed, number) -> images uint8 [number, 48, 48, 3], captions"""
+    seed, number = job
+    rng, images, captions = random.Random(seed), np.empty((number, SIZE, SIZE, 3), np.uint8), []
+    train_words, test_words = split_words()
+    rows = {tag: scenes(tag) for tag in SHARE if tag != "text"}
+    for i in range(number):
+        tag = rng.choices(list(SHARE), SHARE.values())[0]
+        careless = rng.random() < CARELESS[tag]
+        if tag == "text":
+            word = rng.choice(train_words)
+            while rng.random() < 0.5 or word in test_words:  # half the words are random strings: it must spell
+                word = "".join(rng.choices(LETTERS, k=rng.randint(3, 4)))
+                if word not in test_words:
+                    break
+            captions.append(f'a sign that says "{word}"')
+            images[i] = np.asarray(paint_sign(word, rng, careless))
+        else:
+            row = rng.choice(rows[tag])
+            captions.append(row["prompt"])
+            images[i] = np.asarray(paint_scene(row, rng, careless))
+    return images, captions
+
+
+def paint_all():
+    jobs = [(f"{SEED}/{i}", 1000) for i in range(IMAGES // 1000)]
+    with multiprocessing.Pool() as pool:
+        done = list(tqdm(pool.imap(paint_many, jobs), total=len(jobs), desc="painting (thousands)"))
+    return torch.from_numpy(np.concatenate([images for images, _ in done])), sum((c for _, c in done), [])
+
+
+# ---------------------------------------------------------------------------------------------- the models
+
+
+def make_tokenizer():
+    """Each upper-case letter or digit is a token and each lower-case word is a token, so the model spells."""
+    words = ["<pad>", "<s>", "<unk>", "</s>", '"', *LETTERS, *"0123456789"]
+    words += "a photo of and sign that says left right above below two three four".split()
+    words += [*COLORS, *SHAPES, *(s + ("es" if s == "cross" else "s") for s in SHAPES)]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[A-Z0-9]|[a-z]+|"'), "removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>",
+                                                             special_tokens=[("<s>", 1), ("</s>", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
+                                   unk_token="<unk>", eos_token="</s>", model_max_length=TOKENS)
+
+
+def make_pipeline():
+    tokenizer = make_tokenizer()
+    # eos_token_id must not be 2: transformers reads that as an old CLIP checkpoint and pools another token.
+    clip = lambda: CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=TOKENS, pad_token_id=0, bos_token_id=1, eos_token_id=3))
+    t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=128, num_layers=1, num_heads=2,
+                                 pad_token_id=0, eos_token_id=3, decoder_start_token_id=0))
+    vae = AutoencoderTiny(encoder_block_out_channels=(32, 32, 32), decoder_block_out_channels=(32, 32, 32),
+                          num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), latent_channels=8,
+                          upsampling_scaling_factor=2)
+    transformer = SD3Transformer2DModel(
+        sample_size=12, patch_size=2, in_channels=8, out_channels=8, num_layers=4, attention_head_dim=32,
+        num_attention_heads=4, joint_attention_dim=128, caption_projection_dim=128, pooled_projection_dim=128,
+        pos_embed_max_size=12, qk_norm="rms_norm")
+    return StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        text_encoder=clip(), text_encoder_2=clip(), text_encoder_3=t5,
+        tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=tokenizer)
+
+
+def encode(pipe, ids):
+    """Token ids [B, 14] -> (embeds [B, 28, 128], pooled [B, 128]), as StableDiffusion3Pipeline.encode_prompt."""
+    clips = [encoder(ids, output_hidden_states=True) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
+    embeds = torch.cat([c.hidden_states[-2] for c in clips], -1)  # [B, 14, 64 + 64]
+    embeds = torch.cat([embeds, pipe.text_encoder_3(ids)[0]], 1)  # [B, 14 + 14, 128]
+    return embeds, torch.cat([c.text_embeds for c in clips], -1)
+
+
+def pixels(images):
+    """uint8 [B, 48, 48, 3] -> float [B, 3, 48, 48] in -1..1"""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train(name, steps, loss_of, modules, optimizers, schedule):
+    """Train to `steps`, saving the state to build/ for resuming."""
+    path = TOY / "build" / f"{name}.pt"
+    path.parent.mkdir(exist_ok=True)
+    params = [p for m in modules for p in m.parameters()]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
+    parts, start, recent = [*modules, *optimizers, *schedules], 0, None
+    if path.exists():
+        saved = torch.load(path)
+        start = saved["step"]
+        for part, state in zip(parts, saved["parts"]):
+            part.load_state_dict(state)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name)
+    for step in bar:
+        torch.manual_seed(step)  # so that a resumed run draws what an unbroken one would
+        loss = loss_of()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        for part in (*optimizers, *schedules):
+            part.step()
+        recent = loss.item() if recent is None else 0.99 * recent + 0.01 * loss.item()
+        bar.set_postfix(loss=f"{recent:.4f}", refresh=False)
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            print(f"\n{name} step {step + 1} loss {recent:.4f}", flush=True)
+            torch.save({"step": step + 1, "parts": [p.state_dict() for p in parts]}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+
+
+def train_vae(pipe, images):
+    vae = pipe.vae.train().to(memory_format=torch.channels_last)
+
+    def loss_of():
+        x = pixels(images[torch.randint(len(images), (VAE_BATCH,))])
+        row, column = torch.randint(0, SIZE - CROP + 1, (2,)).tolist()  # fully convolutional: crops train it faster
+        x = x[..., row:row + CROP, column:column + CROP].contiguous(memory_format=torch.channels_last)
+        z = vae.encode(x).latents
+        y = vae.decode(z + 0.02 * torch.randn_like(z)).sample  # a little noise: the flow will not be exact
+        return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-3 * z.square().mean()
+
+    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=0)
+    train("vae", VAE_STEPS, loss_of, [vae], [optimizer],
+          lambda s: min((s + 1) / 250, max(0.01, (VAE_STEPS - s) / VAE_STEPS)))
+    vae.eval().requires_grad_(False)
+    batches = tqdm(images.split(500), desc="encoding")
+    latents = torch.cat([vae.encode(pixels(batch)).latents for batch in batches])
+    shift, scale = latents.mean().item(), 1 / latents.std().item()
+    vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    x = pixels(images[:1000])
+    error = F.mse_loss(vae.decode(vae.encode(x).latents).sample, x) / 4  # /4: the range is -1..1
+    print(f"VAE: PSNR {-10 * error.log10():.1f} dB, latent mean {shift:.3f}, std {1 / scale:.3f}", flush=True)
+    return (latents - shift) * scale
+
+
+def train_flow(pipe, latents, captions):
+    """Flow matching (equations 1 and 2 of the paper): v(x_t, t, caption) -> noise - data."""
+    tokenize = lambda texts: pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    ids, empty = tokenize(captions), tokenize([""])
+    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
+    matrices = [p for p in pipe.transformer.transformer_blocks.parameters() if p.ndim == 2]
+    chosen = set(map(id, matrices))
+    rest = [p for m in modules for p in m.parameters() if id(p) not in chosen]
+
+    # Nearly twice as fast on a CPU; needs a C++ compiler.
+    transformer = torch.compile(pipe.transformer) if shutil.which("g++") else pipe.transformer
+
+    def loss_of():
+        pick = torch.randint(len(latents), (FLOW_BATCH,))
+        x0, tokens = latents[pick], ids[pick].clone()
+        tokens[torch.rand(FLOW_BATCH) < 0.1] = empty  # empty captions make classifier-free guidance possible
+        t, noise = torch.sigmoid(torch.randn(FLOW_BATCH)), torch.randn_like(x0)
+        x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+        embeds, pooled = encode(pipe, tokens)
+        v = transformer(hidden_states=x_t, timestep=1000 * t, encoder_hidden_states=embeds,
+                        pooled_projections=pooled, return_dict=False)[0]
+        return F.mse_loss(v, noise - x0)
+
+    optimizers = [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+                  torch.optim.AdamW(rest, 2e-3, betas=(0.9, 0.99), weight_decay=0)]
+    train("flow", FLOW_STEPS, loss_of, modules, optimizers,
+          lambda s: min((s + 1) / 100, max(0.01, (FLOW_STEPS - s) / (0.7 * FLOW_STEPS)), 1))
+
+
+def main():
+    write_prompts()
+    torch.manual_seed(SEED)
+    pipe = make_pipeline()
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        print(f"{name}: {sum(p.numel() for p in getattr(pipe, name).parameters()):,} parameters")
+    images, captions = paint_all()
+    latents = train_vae(pipe, images)
+    train_flow(pipe, latents, captions)
+    pipe.to(dtype=torch.float16).save_pretrained(TOY)
+
+
+if __name__ == "__main__":
+    main()
