@@ -33,12 +33,14 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
@@ -173,6 +175,8 @@ def check_config(config):
         stop(f"--window {c.window}: must lie in the noisy half of {c.train_steps} steps: 1 to {c.train_steps // 2}, or 0")
     if c.groups * c.group_size % c.updates:
         stop(f"--updates {c.updates}: must divide the {c.groups * c.group_size} images of an epoch (groups x group_size)")
+    if c.epochs < 0 or c.beta < 0:
+        stop(f"--epochs {c.epochs}, --beta {c.beta}: must be 0 or more")
     if not 0 <= c.ema_decay < 1:
         stop(f"--ema_decay {c.ema_decay}: must be in [0, 1)")
 
@@ -244,19 +248,36 @@ def clipped_loss(log_prob, log_prob_old, advantages, clip_range):
 # -------------------------------------------------------------------------------------------------- 3. model
 
 
+@dataclass
+class Model:
+    pipe: object                     # a StableDiffusion3Pipeline with a LoRA on its transformer
+    params: list                     # the LoRA's parameters, all that is trained
+    optimizer: torch.optim.Optimizer
+    ema: list                        # moving averages of params
+    updates: int = 0                 # optimizer steps so far
+
+    @property
+    def device(self):
+        return self.pipe.transformer.device
+
+
 def load_model(config):
-    """A pipeline with a fresh LoRA on its transformer -> pipe, the LoRA's parameters
+    """A pipeline with a fresh LoRA on its transformer.
 
     The toy and SD3.5 take the same path. Only the LoRA is trained and it stays float32; so does the VAE, whose
     half-precision errors a reward would see.
     """
-    from diffusers import StableDiffusion3Pipeline
+    import diffusers
+    import transformers
     from peft import LoraConfig
+    for library in (diffusers, transformers):  # they warn of the toy's unusual VAE, and draw bars for reading 5 MB
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = Path(__file__).with_name("toy") if config.model == "toy" else config.model
     try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=dtype)
+        pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
         stop(f"--model {config.model}: {str(error).splitlines()[0]}")
     pipe.set_progress_bar_config(disable=True)
@@ -271,16 +292,18 @@ def load_model(config):
     params = [p for p in pipe.transformer.parameters() if p.requires_grad]
     for p in params:
         p.data = p.data.float()
-    return pipe, params
+    # AdamW's constants are the official config's.
+    optimizer = torch.optim.AdamW(params, config.learning_rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+    return Model(pipe, params, optimizer, ema=[p.detach().clone() for p in params])
 
 
 @torch.no_grad()
-def encode(pipe, config, prompts):
+def encode(model, config, prompts):
     """Prompts -> embeds [B, n, L, D], pooled [B, n, P]; n = 2 with guidance: the prompt and the empty prompt"""
     def run(texts):
-        embeds, _, pooled, _ = pipe.encode_prompt(texts, None, None, device=pipe.transformer.device,
-                                                  do_classifier_free_guidance=False,
-                                                  max_sequence_length=config.max_sequence_length)
+        embeds, _, pooled, _ = model.pipe.encode_prompt(
+            texts, None, None, device=model.device, do_classifier_free_guidance=False,
+            max_sequence_length=config.max_sequence_length)
         return embeds, pooled
     parts = [run(prompts[i:i + config.batch_size]) for i in range(0, len(prompts), config.batch_size)]
     condition = [torch.cat(part) for part in zip(*parts)]
@@ -291,7 +314,7 @@ def encode(pipe, config, prompts):
     return condition
 
 
-def velocity(pipe, config, x, t, condition):
+def velocity(model, config, x, t, condition):
     """The network, with classifier-free guidance. x: [B, C, H, W], t: [B], condition: see encode -> [B, C, H, W]
 
     Sampling and training both come through here: the same guidance in both, and gradients through both of its
@@ -302,9 +325,9 @@ def velocity(pipe, config, x, t, condition):
     # Autocast keeps the LoRA's half-precision copies for reuse. Copies made under no_grad would carry no gradient into
     # a later pass, so its cache is off.
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False):
-        v = pipe.transformer(hidden_states=x.repeat_interleave(n, 0).to(embeds.dtype),  # [B * n, C, H, W]
-                             timestep=1000 * t.repeat_interleave(n), encoder_hidden_states=embeds.flatten(0, 1),
-                             pooled_projections=pooled.flatten(0, 1), return_dict=False)[0]
+        v = model.pipe.transformer(hidden_states=x.repeat_interleave(n, 0).to(embeds.dtype),  # [B * n, C, H, W]
+                                   timestep=1000 * t.repeat_interleave(n), encoder_hidden_states=embeds.flatten(0, 1),
+                                   pooled_projections=pooled.flatten(0, 1), return_dict=False)[0]
     v = v.float().unflatten(0, (-1, n))  # [B, n, C, H, W]
     return v[:, 0] if n == 1 else v[:, 1] + config.guidance * (v[:, 0] - v[:, 1])
 
@@ -340,18 +363,18 @@ def choose_window(config, rng):
 
 
 @torch.no_grad()
-def rollout(pipe, config, prompts, seeds, total_steps, steps):
+def rollout(model, config, prompts, seeds, total_steps, steps):
     """Draw one image for each prompt and seed: SDE in `steps`, ODE in the others of `total_steps`.
 
     Each image has its own generator, so that it does not depend on which others share its batch. Its first draw
     is the initial noise: a stock pipeline given the same seed starts from the same point.
     """
-    device = pipe.transformer.device
+    pipe, device = model.pipe, model.device
     pipe.scheduler.set_timesteps(total_steps, device=device)
     t = pipe.scheduler.sigmas.float()  # with the model's own shift
     sigma, dt = sde_noise(t, config.noise_level), t.diff()
     distinct = list(dict.fromkeys(prompts))
-    condition = encode(pipe, config, distinct)
+    condition = encode(model, config, distinct)
     which = torch.tensor([distinct.index(p) for p in prompts], device=device)
     side = config.resolution // pipe.vae_scale_factor
     shape = (pipe.transformer.config.in_channels, side, side)
@@ -363,7 +386,7 @@ def rollout(pipe, config, prompts, seeds, total_steps, steps):
         path, log_prob = [], []
         for i in range(total_steps):
             now = t[i].expand(len(x))
-            v = velocity(pipe, config, x, now, [c[which[batch]] for c in condition])
+            v = velocity(model, config, x, now, [c[which[batch]] for c in condition])
             if i in steps:
                 noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
                 path = path or [x]
@@ -384,16 +407,16 @@ def rollout(pipe, config, prompts, seeds, total_steps, steps):
 
 
 @contextmanager
-def reference(pipe):
+def reference(model):
     """The model that training started from: the same one with its LoRA off."""
-    pipe.transformer.disable_adapters()
+    model.pipe.transformer.disable_adapters()
     try:
         yield
     finally:
-        pipe.transformer.enable_adapters()
+        model.pipe.transformer.enable_adapters()
 
 
-def update(pipe, config, params, optimizer, ema, batch, advantages, rng):
+def update(model, config, batch, advantages, rng):
     """The epoch's optimizer steps, each on its share of the images (equation 5). advantages: [B] -> metrics"""
     K, dt = len(batch.steps), batch.t.diff()
     order = list(range(len(advantages)))
@@ -408,25 +431,26 @@ def update(pipe, config, params, optimizer, ema, batch, advantages, rng):
             i, j = torch.tensor(pairs[start:start + config.batch_size], device=batch.which.device).T
             step, condition = batch.steps.start + j, [c[batch.which[i]] for c in batch.condition]
             x, t, sigma, A = batch.latents[i, j], batch.t[step], batch.sigma[step], advantages[i]
-            v = velocity(pipe, config, x, t, condition)
+            v = velocity(model, config, x, t, condition)
             _, log_prob, mean, _ = sde_step(x, v, t, dt[step], sigma, x_next=batch.latents[i, j + 1])
             policy_loss, ratio = clipped_loss(log_prob, batch.log_prob[i, j], A, config.clip_range)
             if k == 0:
                 check_ratio(ratio, config)
             loss, row = policy_loss, dict(policy_loss=policy_loss, ratio=ratio)
             if config.beta or start == 0:  # without the penalty it is still measured, on one micro-batch an update
-                with reference(pipe), torch.no_grad():
-                    v_ref = velocity(pipe, config, x, t, condition)
+                with reference(model), torch.no_grad():
+                    v_ref = velocity(model, config, x, t, condition)
                 row["kl"] = gaussian_kl(mean, sde_step(x, v_ref, t, dt[step], sigma, x_next=x)[2], sigma)
                 loss = loss + config.beta * row["kl"]
             (loss.sum() / (share * K)).backward()
             seen.append({key: value.detach() for key, value in row.items()})
-        grad_norms.append(torch.nn.utils.clip_grad_norm_(params, 1.0).item())  # 1.0: the official config
+        grad_norms.append(torch.nn.utils.clip_grad_norm_(model.params, 1.0).item())  # 1.0: the official config
         if not math.isfinite(grad_norms[-1]):
             stop(f"the gradient of update {k} is {grad_norms[-1]}; the weights were not changed. Try --precision fp32")
-        optimizer.step()
-        optimizer.zero_grad()
-        ema_step(config, params, ema)
+        model.optimizer.step()
+        model.optimizer.zero_grad()
+        model.updates += 1
+        ema_step(model, config)
     all_of = lambda key: torch.cat([row[key] for row in seen if key in row] or [torch.ones(1) * math.nan]).cpu()
     ratio = all_of("ratio")
     return dict(policy_loss=all_of("policy_loss").mean().item(), kl=all_of("kl").mean().item(),
@@ -444,33 +468,32 @@ def check_ratio(ratio, config):
              "do not compute the same log-probability (precision, guidance, dropout or a changed rollout)")
 
 
-def ema_step(config, params, ema):
-    """The official decay: it grows with the number of updates, so that early averages are not stuck at the start."""
-    ema["updates"] += 1
-    if ema["updates"] % config.ema_every == 0:
-        n = ema["updates"] // config.ema_every
+def ema_step(model, config):
+    """The official decay grows with the number of updates, so that the average is not stuck at the start."""
+    if model.updates % config.ema_every == 0:
+        n = model.updates // config.ema_every
         decay = min(config.ema_decay, (1 + n) / (10 + n))
-        for average, p in zip(ema["params"], params):
-            average.lerp_(p.detach(), 1 - decay)
+        for mean, p in zip(model.ema, model.params):
+            mean.lerp_(p.detach(), 1 - decay)
 
 
 @contextmanager
-def averaged(params, ema):
+def averaged(model):
     """Within, the model has the averaged weights."""
-    current = [p.detach().clone() for p in params]
-    for p, average in zip(params, ema["params"]):
-        p.data.copy_(average)
+    current = [p.detach().clone() for p in model.params]
+    for p, mean in zip(model.params, model.ema):
+        p.data.copy_(mean)
     try:
         yield
     finally:
-        for p, value in zip(params, current):
+        for p, value in zip(model.params, current):
             p.data.copy_(value)
 
 
 # --------------------------------------------------------------------------------------------- 6. evaluation
 
 
-def evaluate(pipe, config, params, ema, scorer, test, folder, epoch):
+def evaluate(model, config, scorer, test, folder, epoch):
     """Draw the test prompts by the ODE with the averaged weights, from the same seeds every time -> metrics
 
     Image j of test prompt i has the seed i * eval_per_prompt + j. Accuracy is the share of images whose (first)
@@ -478,28 +501,22 @@ def evaluate(pipe, config, params, ema, scorer, test, folder, epoch):
     """
     rows = [row for row in test[:config.eval_prompts or None] for _ in range(config.eval_per_prompt)]
     prompts, metadata = zip(*rows)
-    with averaged(params, ema):
-        images = rollout(pipe, config, prompts, range(len(rows)), config.eval_steps, range(0)).images
+    with averaged(model):
+        images = rollout(model, config, prompts, range(len(rows)), config.eval_steps, range(0)).images
     scores = scorer(images, prompts, metadata)
-    right = [float(s >= 1) for s in next(iter(scores.values()))]
-    metrics = dict(eval_reward=average(scores["reward"]), eval_accuracy=average(right),
+    right = np.array(next(iter(scores.values()))) >= 1
+    metrics = dict(eval_reward=np.mean(scores["reward"]), eval_accuracy=right.mean(),
                    eval_diversity=diversity(images, config.eval_per_prompt))
-    for tag in sorted({m["tag"] for m in metadata if "tag" in m}):
-        metrics[f"eval_accuracy/{tag}"] = average([r for r, m in zip(right, metadata) if m.get("tag") == tag])
+    tags = np.array([m.get("tag", "") for m in metadata])  # GenEval's sub-tasks
+    metrics |= {f"eval_accuracy/{tag}": right[tags == tag].mean() for tag in sorted(set(tags) - {""})}
     draw_grid(images, prompts, scores["reward"], config.eval_per_prompt, folder / f"samples/{epoch:04d}.png")
     return metrics
 
 
-def average(values):
-    return sum(values) / len(values)
-
-
 def diversity(images, per_prompt):
     """Mean distance between two images of the same prompt: the root mean square of pixel differences, 0 to 1."""
-    pixels = torch.stack([torch.tensor(list(image.tobytes())) for image in images]).float() / 255  # [B, pixels]
-    groups = pixels.unflatten(0, (-1, per_prompt))  # [prompts, per_prompt, pixels]
-    distances = [(groups[:, i] - groups[:, j]).square().mean(1).sqrt() for i in range(per_prompt) for j in range(i)]
-    return torch.stack(distances).mean().item() if distances else math.nan
+    pixels = torch.stack([torch.from_numpy(np.asarray(image, np.float32).ravel() / 255) for image in images])
+    return np.mean([torch.pdist(group).mean().item() / pixels.shape[1] ** 0.5 for group in pixels.split(per_prompt)])
 
 
 def draw_grid(images, prompts, scores, per_prompt, path, columns=8, rows=4, cell=150):
@@ -507,8 +524,7 @@ def draw_grid(images, prompts, scores, per_prompt, path, columns=8, rows=4, cell
     font = ImageFont.load_default(11)
     grid = Image.new("RGB", (columns * cell, rows * (cell + 28)), "white")
     draw = ImageDraw.Draw(grid)
-    shown = list(zip(images, prompts, scores))[::per_prompt][:columns * rows]
-    for k, (image, prompt, score) in enumerate(shown):
+    for k, (image, prompt, score) in enumerate(list(zip(images, prompts, scores))[::per_prompt][:columns * rows]):
         x, y = k % columns * cell, k // columns * (cell + 28)
         grid.paste(image.resize((cell - 6, cell - 6), Image.LANCZOS), (x + 3, y))
         text = prompt if len(prompt) < 27 else prompt[:24] + "..."
@@ -530,38 +546,35 @@ def draw_before_after(folder, epoch):
 
 def draw_curve(folder):
     """metrics.jsonl -> curve.png"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.figure  # without pyplot: no window, no global state
     rows = read_metrics(folder)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for key, label, style in (("reward", "training reward (SDE)", "-"), ("eval_reward", "evaluation reward (ODE)", "o-"),
                               ("eval_accuracy", "evaluation accuracy (ODE)", "s-")):
         points = [(row["epoch"], row[key]) for row in rows if key in row]
-        axes.plot(*zip(*points) if points else ((), ()), style, label=label)
+        axes.plot([x for x, _ in points], [y for _, y in points], style, label=label)
     axes.set(xlabel="epoch", title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=110)
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------ 7. what a run writes
 
 
 def run_folder(config):
-    """runs/<name>; without --name the first free of ocr, ocr-2, ... or, to resume, the last that is there."""
-    base = config.name or config.reward.split(",")[0].split(":")[config.reward.count(":") and ":" in config.reward and 1]
-    numbered = [Path("runs") / (base if n == 1 else f"{base}-{n}") for n in range(1, 10000)]
-    taken = [folder for folder in numbered if folder.exists()]
+    """runs/<name>. Without --name: the first free of ocr, ocr-2, ... or, to resume, the last of them."""
+    base = config.name or re.sub(r"[^\w.-]+", "-", config.reward)
+    folders = [Path("runs") / (base if n == 1 else f"{base}-{n}") for n in range(1, 2 if config.name else 1000)]
+    taken = [folder for folder in folders if folder.exists()]
     if config.resume:
-        folder = Path("runs") / base if config.name or not taken else taken[-1]
-        if not (folder / "config.json").exists():
-            stop(f"--resume: {folder} holds no run to continue")
-        return folder
-    if config.name and taken[:1] == numbered[:1]:
-        stop(f"--name {config.name}: {numbered[0]} exists; choose another name, or add --resume to continue it")
-    return numbered[0] if config.name else next(folder for folder in numbered if folder not in taken)
+        if not taken or not (taken[-1] / "config.json").exists():
+            stop(f"--resume: {folders[0]} holds no run to continue")
+        return taken[-1]
+    if config.name and taken:
+        stop(f"--name {config.name}: {taken[0]} exists; choose another name, or add --resume to continue it")
+    return next(folder for folder in folders if folder not in taken)
 
 
 def read_config(folder):
@@ -573,30 +586,35 @@ def read_metrics(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def save(pipe, params, ema, optimizer, folder, epoch):
+def write(path, text):
+    """Under another name first, then renamed: a run killed here leaves the last good file."""
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def save(model, folder, epoch):
     """Everything that a later epoch depends on, and the averaged LoRA in diffusers' format.
 
-    Prompts, windows and noise are drawn anew from (seed, epoch), so there is no generator to save. Each file is
-    written under another name and then renamed: a run killed here leaves the last good one.
+    Prompts, windows and noise are drawn anew from (seed, epoch), so no generator's state is among it.
     """
     from peft import get_peft_model_state_dict
     tensors = {}
-    for i, (p, a) in enumerate(zip(params, ema["params"])):
-        tensors |= {f"lora.{i}": p.detach(), f"ema.{i}": a}
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in optimizer.state[p].items()}
-    (folder / "checkpoint").mkdir(exist_ok=True)
+    for i, (p, mean) in enumerate(zip(model.params, model.ema)):
+        tensors |= {f"lora.{i}": p.detach().contiguous(), f"ema.{i}": mean.contiguous()}
+        tensors |= {f"optimizer.{i}.{key}": value.contiguous() for key, value in model.optimizer.state[p].items()}
     path = folder / "checkpoint/state.safetensors"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path.with_suffix(".tmp"),
-              metadata=dict(epoch=str(epoch), ema_updates=str(ema["updates"])))
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path.with_suffix(".tmp"), metadata=dict(epoch=str(epoch), updates=str(model.updates)))
     os.replace(path.with_suffix(".tmp"), path)
-    with averaged(params, ema):
-        # The adapter's own settings go with it: without lora_alpha diffusers would scale it by 1, not by alpha / rank.
-        pipe.save_lora_weights(folder, get_peft_model_state_dict(pipe.transformer), weight_name="lora.tmp.safetensors",
-                               transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict())
+    with averaged(model):
+        # The adapter's settings go with it: without lora_alpha diffusers would scale it by 1, not by alpha / rank.
+        model.pipe.save_lora_weights(
+            folder, get_peft_model_state_dict(model.pipe.transformer), weight_name="lora.tmp.safetensors",
+            transformer_lora_adapter_metadata=model.pipe.transformer.peft_config["default"].to_dict())
     os.replace(folder / "lora.tmp.safetensors", folder / "pytorch_lora_weights.safetensors")
 
 
-def load(params, ema, optimizer, folder):
+def load(model, folder):
     """Put a checkpoint back -> the epoch to go on with; 0 where there is none yet."""
     path = folder / "checkpoint/state.safetensors"
     if not path.exists():
@@ -604,12 +622,12 @@ def load(params, ema, optimizer, folder):
     with safe_open(path, "pt") as file:
         for key in file.keys():
             kind, i, *rest = key.split(".")
-            value, i = file.get_tensor(key), int(i)
+            p, value = model.params[int(i)], file.get_tensor(key)
             if kind == "optimizer":
-                optimizer.state[params[i]][rest[0]] = value.to("cpu" if rest[0] == "step" else params[i].device)
+                model.optimizer.state[p][rest[0]] = value if rest[0] == "step" else value.to(p.device)
             else:
-                (params if kind == "lora" else ema["params"])[i].data.copy_(value)
-        ema["updates"] = int(file.metadata()["ema_updates"])
+                (p.data if kind == "lora" else model.ema[int(i)]).copy_(value)
+        model.updates = int(file.metadata()["updates"])
         return int(file.metadata()["epoch"])
 
 
@@ -633,71 +651,70 @@ def load_prompts(config, split):
 
 
 def redness(images, prompts, metadata):
-    """The toy reward: how much more red than green and blue an image is, -1 to 1. Any function like this one will do."""
-    means = [[average(list(channel.tobytes())) for channel in image.split()] for image in images]
-    return [(r - (g + b) / 2) / 255 for r, g, b in means]
+    """The toy reward: how much more red than green and blue an image is, -1 to 1. Yours can be as simple as this."""
+    means = [np.asarray(image, float).mean((0, 1)) / 255 for image in images]
+    return [r - (g + b) / 2 for r, g, b in means]
 
 
-def make_scorer(config):
-    """-> function(images, prompts, metadata) -> {name: scores} with the weighted sum under "reward" """
-    rewards = reward_library.load(config.reward)
+def train_epoch(model, config, scorer, train_set, epoch):
+    """Sample, score, update -> metrics. All of an epoch's randomness comes from (seed, epoch)."""
+    rng, clock = random.Random(f"{config.seed}/{epoch}"), [time.time()]
+    repeats = -(-config.groups // len(train_set))  # more than 1 only for a data set smaller than one epoch
+    chosen = rng.sample(train_set * repeats, config.groups)
+    prompts, metadata = zip(*[row for row in chosen for _ in range(config.group_size)])
+    seeds = [rng.getrandbits(60) for _ in prompts]  # members of a group differ from their first noise on
+    batch = rollout(model, config, prompts, seeds, config.train_steps, choose_window(config, rng))
+    clock.append(time.time())
 
-    def scorer(images, prompts, metadata):
-        return reward_library.score(rewards, images, prompts, metadata)
-    return scorer
+    scores = scorer(batch.images, prompts, metadata)
+    rewards = torch.tensor(scores["reward"]).view(config.groups, config.group_size)
+    advantages = group_advantages(rewards, config.std_over)
+    clock.append(time.time())
+
+    metrics = update(model, config, batch, advantages.flatten().to(model.device), rng)
+    clock.append(time.time())
+    metrics |= dict(reward=rewards.mean().item(), reward_std=rewards.std().item(), group_std=rewards.std(1).mean().item(),
+                    no_signal=(rewards.amax(1) == rewards.amin(1)).float().mean().item())
+    if len(scores) > 2:  # a sum: each of its parts
+        metrics |= {f"reward/{name}": np.mean(values) for name, values in scores.items() if name != "reward"}
+    return metrics | {f"seconds_{name}": end - begin for name, begin, end
+                      in zip(("sampling", "reward", "update"), clock, clock[1:])}
 
 
 def train(config):
     folder = run_folder(config)
+    config.name = folder.name
     train_set, test_set = load_prompts(config, "train"), load_prompts(config, "test")
-    scorer = make_scorer(config)
-    pipe, params = load_model(config)
-    device = pipe.transformer.device
-    # AdamW's constants: the official config.
-    optimizer = torch.optim.AdamW(params, config.learning_rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
-    ema = dict(params=[p.detach().clone() for p in params], updates=0)
+    rewards = reward_library.load(config.reward)
+    scorer = lambda images, prompts, metadata: reward_library.score(rewards, images, prompts, metadata)
+    model = load_model(config)
     folder.mkdir(parents=True, exist_ok=True)
-    start = load(params, ema, optimizer, folder) if config.resume else 0
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    start = load(model, folder) if config.resume else 0
+    write(folder / "config.json", json.dumps(asdict(config), indent=1))
     rows = [row for row in read_metrics(folder) if row["epoch"] < start]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    K = len(choose_window(config, random.Random(0)))
+    trained = len(choose_window(config, random.Random(0)))
     print(f"{folder}: {config.groups} groups x {config.group_size} = {config.groups * config.group_size} images an epoch, "
-          f"{K} trained steps each, {config.updates} updates; LoRA of {sum(p.numel() for p in params):,} parameters on {device}")
+          f"{trained} of {config.train_steps} steps trained, {config.updates} updates; "
+          f"LoRA of {sum(p.numel() for p in model.params):,} parameters on {model.device}")
 
-    bar = tqdm(range(start, config.epochs + 1), initial=start, total=config.epochs, unit="epoch")
-    for epoch in bar:
-        row = {"epoch": epoch}
-        if epoch % config.eval_every == 0 or epoch == config.epochs:
-            row |= evaluate(pipe, config, params, ema, scorer, test_set, folder, epoch)
-            tqdm.write(f"epoch {epoch}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "epoch"))
-        if epoch < config.epochs:
-            rng = random.Random(f"{config.seed}/{epoch}")  # all randomness of the epoch
-            clock = [time.time()]
-            chosen = rng.choices(train_set, k=config.groups) if len(train_set) < config.groups else rng.sample(train_set, config.groups)
-            prompts, metadata = zip(*[c for c in chosen for _ in range(config.group_size)])
-            seeds = [rng.getrandbits(60) for _ in prompts]
-            batch = rollout(pipe, config, prompts, seeds, config.train_steps, choose_window(config, rng))
-            clock.append(time.time())
-            scores = scorer(batch.images, prompts, metadata)
-            rewards = torch.tensor(scores["reward"]).view(config.groups, config.group_size)
-            clock.append(time.time())
-            advantages = group_advantages(rewards, config.std_over).flatten().to(device)
-            row |= update(pipe, config, params, optimizer, ema, batch, advantages, rng)
-            clock.append(time.time())
-            row |= dict(reward=rewards.mean().item(), reward_std=rewards.std().item(),
-                        group_std=rewards.std(1).mean().item(),
-                        no_signal=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-                        **{f"reward/{name}": average(s) for name, s in scores.items() if len(scores) > 2 and name != "reward"},
-                        **{f"seconds_{name}": b - a for name, a, b in zip(("sampling", "reward", "update"), clock, clock[1:])})
-            bar.set_postfix(reward=f"{row['reward']:.3f}", kl=f"{row['kl']:.4f}", clip=f"{row['clip_low'] + row['clip_high']:.2f}")
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if epoch == config.epochs or (epoch + 1) % config.save_every == 0:
-            save(pipe, params, ema, optimizer, folder, min(epoch + 1, config.epochs))
+    bar = tqdm(initial=start, total=config.epochs, unit="epoch")
+    for epoch in range(start, config.epochs + 1):
+        row, last = {"epoch": epoch}, epoch == config.epochs
+        if last or epoch % config.eval_every == 0:
+            row |= evaluate(model, config, scorer, test_set, folder, epoch)
+            bar.write(", ".join(f"{key} {value:.3g}" for key, value in row.items()))
+        if not last:
+            row |= train_epoch(model, config, scorer, train_set, epoch)
+            bar.set_postfix_str("reward {reward:.3f}, kl {kl:.2g}, clipped {clip_low:.0%} {clip_high:.0%}".format(**row))
+            bar.update()
+        rows.append({key: float(value) for key, value in row.items()} | {"epoch": epoch})
+        write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if last or (epoch + 1) % config.save_every == 0:
+            save(model, folder, min(epoch + 1, config.epochs))
+    bar.close()
     draw_curve(folder)
     draw_before_after(folder, config.epochs)
-    print(f"look at {folder}/before_after.png and {folder}/curve.png")
+    print(f"look at {folder / 'before_after.png'} and {folder / 'curve.png'}")
 
 
 def main(argv=None):

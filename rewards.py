@@ -113,11 +113,12 @@ def ocr():
     """
     from rapidfuzz.distance import Levenshtein
     from rapidocr import RapidOCR
-    # One single-threaded engine a core is faster than one engine on all of them. limit_type: PaddleOCR's default;
-    # rapidocr's own would enlarge a tiny image to 736 pixels and take ten times as long.
+    # One single-threaded engine a core is faster than one engine on all of them. Two defaults of rapidocr make tiny
+    # images slow: it enlarges them to 736 pixels (limit_type: PaddleOCR does not) and pads each line to a width of 320.
     cores = os.cpu_count() or 1
     engines = [RapidOCR(params={"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-                                "Det.limit_type": "max", "Det.limit_side_len": 960}) for _ in range(cores)]
+                                "Det.limit_type": "max", "Det.limit_side_len": 960, "Rec.rec_img_shape": [3, 48, 160]})
+               for _ in range(cores)]
 
     def read(engine, image):
         bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])

@@ -119,21 +119,21 @@ def split_words():
     """(train, test) words. Test words are in no caption of this script and in no training prompt."""
     words = [w for w in dict.fromkeys(WORDS) if len(w) in (3, 4)]
     random.Random(SEED).shuffle(words)
-    return sorted(words[120:]), sorted(words[:120])
+    return words[120:], words[:120]
 
 
 def split_scenes():
     """(train, test) GenEval rows: a fifth to a third of each task's prompts is held out for the test."""
     ratio = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
-    rng, train, test = random.Random(SEED), [], []
+    rng, train, tests = random.Random(SEED), [], []
     for tag, weight in ratio.items():
         rows = scenes(tag)
         rng.shuffle(rows)
         held_out = min(24, max(4, len(rows) // 3))
-        test += (rows[:held_out] * 24)[:24]
+        tests.append((rows[:held_out] * 24)[:24])
         train += rng.choices(rows[held_out:], k=60 * weight) if weight else []
     rng.shuffle(train)
-    return train, test
+    return train, [row for six in zip(*tests) for row in six]  # the tasks in turn: any first part is balanced
 
 
 def write_prompts():
@@ -219,7 +219,7 @@ def paint_many(job):
     """(seed, number) -> images uint8 [number, 48, 48, 3], captions"""
     seed, number = job
     rng, images, captions = random.Random(seed), np.empty((number, SIZE, SIZE, 3), np.uint8), []
-    train_words, test_words = split_words()
+    train_words, test_words = map(sorted, split_words())
     rows = {tag: scenes(tag) for tag in SHARE if tag != "text"}
     for i in range(number):
         tag = rng.choices(list(SHARE), SHARE.values())[0]

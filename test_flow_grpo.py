@@ -1,0 +1,712 @@
+"""Tests of flow_grpo.py and rewards.py: no GPU, no downloads.  pytest test_flow_grpo.py
+
+First the mathematics against independent references, then the real model, the rewards, the command line, and runs
+that are killed. The model is the embedded toy, so these are the lines that SD3.5 runs through.
+"""
+import copy
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import flow_grpo
+import rewards
+from flow_grpo import Config, clipped_loss, gaussian_kl, group_advantages, sde_noise, sde_step
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "toy"))
+
+# Computed with the official functions (sd3_sde_with_logprob.py, stat_tracking.py) at noise level 0.7 on SD3.5's own
+# grid of 10 steps. x, v, noise: two samples of shape [2, 2, 2], flat.
+GOLDEN = dict(
+    t=[1, 0.960129, 0.913349, 0.857692, 0.790368, 0.707278, 0.602151, 0.464876, 0.278049, 0.00892857, 0],
+    x=[-2.31041, -0.373251, -1.06082, 0.999509, -0.884025, -1.27555, -0.623225, -0.866442, -1.29563, 1.52363,
+        0.323661, 2.01773, 1.13574, -1.22688, 0.0713885, 0.338017],
+    v=[0.153519, -0.633275, -1.26092, -0.726951, -0.0199648, 0.2103, 0.177189, -0.83051, 1.01119, -0.242679,
+        -0.773011, -1.59518, -0.687004, 1.48807, -0.448416, -0.891003],
+    v_ref=[0.144345, -0.577642, -1.26187, -0.84872, -0.146511, 0.0983464, 0.293838, -0.737887, 1.07658, -0.227858,
+        -0.887622, -1.4079, -0.717995, 1.51209, -0.583292, -0.866563],
+    noise=[-3.1453, -0.113731, 1.6962, -0.665203, -0.587223, 2.8321, 0.903997, 0.947837, -1.38094, -2.05475,
+        0.0475766, -0.385569, -0.275035, 0.88659, 1.48574, -0.00785562],
+    steps={  # step: mean, x_next, log_prob, sigma, KL averaged over the batch
+        0: ([-1.75048, -0.256555, -0.750643, 0.783614, -0.666643, -0.971423, -0.477599, -0.62105, -1.01852,
+            1.16002, 0.275184, 1.58698, 0.884877, -0.985626, 0.0717769, 0.290728], [-3.95219, -0.336167,
+            0.436699, 0.317971, -1.0777, 1.01105, 0.155199, 0.042435, -1.98517, -0.278308, 0.308488, 1.31709,
+            0.692352, -0.365013, 1.1118, 0.285229], [-2.01893, -1.14658], 3.505671, 5.730676e-07),
+        4: ([-2.10193, -0.271495, -0.827364, 0.977649, -0.796113, -1.17344, -0.581034, -0.696389, -1.27442,
+            1.40078, 0.372196, 1.9868, 1.09652, -1.26168, 0.110843, 0.397364], [-3.33424, -0.316054,
+            -0.162802, 0.717026, -1.02618, -0.0638335, -0.226853, -0.325032, -1.81546, 0.595739, 0.390836,
+            1.83574, 0.988763, -0.914317, 0.692948, 0.394287], [-1.43859, -0.566238], 1.359203, 2.566295e-05),
+        8: ([-2.15084, -0.126981, -0.541456, 1.15179, -0.796599, -1.22952, -0.625675, -0.509045, -1.5161,
+            1.46579, 0.553102, 2.36792, 1.2622, -1.61342, 0.215112, 0.605682], [-2.85967, -0.152611,
+            -0.159199, 1.00188, -0.928936, -0.591271, -0.421949, -0.29544, -1.82731, 1.00273, 0.563824,
+            2.28103, 1.20022, -1.41362, 0.54994, 0.603911], [-0.885552, -0.0132025], 0.4344148, 0.002635496),
+    },
+    rewards=[0.1, 0.4, 0.9, 0.3, 1, 1, 1, 1, 0, 0, 1, 0.5], advantages=dict(batch=[-0.795889, -0.0612222, 1.16322,
+        -0.306111, 0, 0, 0, 0, -0.918334, -0.918334, 1.53056, 0.306111], group=[-1.10227, -0.0847901, 1.61101,
+        -0.423951, 0, 0, 0, 0, -0.904316, -0.904316, 1.50719, 0.301439]),
+)
+
+def golden(key):
+    return torch.tensor(GOLDEN[key]).view(2, 2, 2, 2)
+
+
+def step_args(i, t, noise_level=0.7, batch=2):
+    sigma = sde_noise(t, noise_level)
+    return t[i].expand(batch), t.diff()[i].expand(batch), sigma[i].expand(batch)
+
+
+def close(a, b, tolerance=2e-5):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b).to(torch.as_tensor(a).dtype), rtol=tolerance,
+                               atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------------- mathematics
+
+
+@pytest.mark.parametrize("i", [0, 4, 8])  # 0: t = 1, where sigma_t needs the second grid point
+def test_sde_step_gives_the_official_numbers(i):
+    t, (mean, x_next, log_prob, sigma, kl) = torch.tensor(GOLDEN["t"]), GOLDEN["steps"][i]
+    now, dt, s = step_args(i, t)
+    got = sde_step(golden("x"), golden("v"), now, dt, s, noise=golden("noise"))
+    close(got[0].flatten(), x_next)
+    close(got[1], log_prob)
+    close(got[2].flatten(), mean)
+    close(s[0], sigma)
+    mean_ref = sde_step(golden("x"), golden("v_ref"), now, dt, s, noise=golden("noise"))[2]
+    close(gaussian_kl(got[2], mean_ref, s).mean() / kl, 1.0, 1e-3)
+    # Rescoring the sample gives its own log-probability, bit for bit.
+    again = sde_step(golden("x"), golden("v"), now, dt, s, x_next=got[0])
+    assert torch.equal(again[1], got[1]) and torch.equal(again[0], got[0])
+
+
+def test_the_grid_is_the_schedulers_own_and_shifted_once():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    close(scheduler.sigmas, GOLDEN["t"])
+
+
+@pytest.mark.parametrize("std_over", ["batch", "group"])
+def test_advantages_are_the_official_numbers(std_over):
+    got = group_advantages(torch.tensor(GOLDEN["rewards"]).view(3, 4), std_over)
+    close(got.flatten(), GOLDEN["advantages"][std_over])
+
+
+@pytest.mark.parametrize("std_over", ["batch", "group"])
+def test_equal_rewards_give_exactly_zero(std_over):
+    for value in (0.0, 0.1, 1 / 3, 1e6):
+        assert torch.equal(group_advantages(torch.full((3, 7), value), std_over), torch.zeros(3, 7))
+    mixed = torch.tensor([[0.1] * 7, [0.0, 1.0, 0.5, 0.1, 0.2, 0.3, 0.4]])
+    assert (group_advantages(mixed, std_over)[0] == 0).all() and (group_advantages(mixed, std_over)[1] != 0).any()
+
+
+def test_advantages_are_clamped():
+    assert group_advantages(torch.tensor([[0.0] * 99 + [1e9]]), "group").max() == 5
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 5), (3, 1024, 64)])  # images, and the packed latents of other models
+def test_log_prob_is_the_mean_gaussian_log_density(shape):
+    torch.manual_seed(0)
+    x, v, noise = torch.randn(3, *shape)
+    t, dt, s = torch.tensor([0.9, 0.5, 0.2]), torch.tensor([-0.1, -0.2, -0.05]), torch.tensor([0.8, 0.7, 0.3])
+    x_next, log_prob, mean, std = sde_step(x, v, t, dt, s, noise=noise)
+    for i in range(3):
+        close(log_prob[i], torch.distributions.Normal(mean[i], std[i]).log_prob(x_next[i]).mean())
+        close(std[i], s[i] * (-dt[i]) ** 0.5)
+    kl = gaussian_kl(mean, mean + 0.1, s)
+    close(kl, 0.01 / (2 * s**2))
+
+
+def test_the_arithmetic_is_float32():
+    x, v, noise = torch.randn(3, 2, 4, 4, 4)
+    args = torch.tensor([0.9, 0.5]), torch.tensor([-0.1, -0.1]), torch.tensor([0.8, 0.7])
+    half = sde_step(x.bfloat16(), v.bfloat16(), *args, noise=noise)
+    full = sde_step(x.bfloat16().float(), v.bfloat16().float(), *args, noise=noise)
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(half, full))
+
+
+def test_without_noise_a_step_is_the_euler_step():
+    x, v, noise = torch.randn(3, 2, 4, 4, 4)
+    t, dt = torch.tensor([0.9, 0.5]), torch.tensor([-0.1, -0.2])
+    x_next, _, mean, std = sde_step(x, v, t, dt, torch.zeros(2), noise=noise)
+    close(x_next, x + v * dt.view(2, 1, 1, 1), 1e-6)
+
+
+def test_the_drift_contains_the_score():
+    """-(x + (1-t) v) / t is the score of x_t: for one data point x0 it is -noise / t."""
+    x0, noise, t = torch.randn(2, 3, 8), torch.randn(2, 3, 8), 0.6
+    x, v = (1 - t) * x0 + t * noise, noise - x0
+    dt, s = torch.tensor([-0.01]).expand(2), torch.tensor([0.7]).expand(2)
+    mean = sde_step(x, v, torch.tensor([t]).expand(2), dt, s, noise=noise)[2]
+    score = ((x + v * -0.01) - mean) / (0.7**2 / 2 * -0.01)  # what is left of the drift without v
+    close(score, -noise / t, 1e-3)
+
+
+def simulate(step, t, m, s, samples):
+    """Samples of N(m, s^2) data pushed from t[0] down to t[-1] with the exact velocity; yields (t, x)."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(samples, 1, generator=generator)
+    std = lambda t: ((1 - t) ** 2 * s**2 + t**2) ** 0.5
+    x = (1 - t[0]) * m + std(t[0]) * draw()
+    sigma = sde_noise(t, 0.7)
+    for i, dt in enumerate(t.diff()):
+        slope = (t[i] - (1 - t[i]) * s**2) / std(t[i]) ** 2
+        v = -m + slope * (x - (1 - t[i]) * m)  # E[noise - x0 | x_t]
+        x = step(x, v, *(a.expand(samples) for a in (t[i], dt, sigma[i])), draw())
+        yield t[i + 1], x, (1 - t[i + 1]) * m, std(t[i + 1])
+
+
+def test_the_sde_keeps_the_marginals_of_the_ode_at_every_time():
+    """The claim of section 4.2. Gaussian data, for which the velocity is known: mean and std of 40,000 samples agree
+    with the ODE's exact marginal at each of 200 grid times. Tolerance: 5 standard errors (0.025 for the mean, 0.018
+    relative for the std) and 0.01 for the discretisation. The grid begins at t = 0.95: at t = 1 sigma_t is the
+    grid's own choice, not the SDE's.
+    """
+    t, n = torch.linspace(0.95, 0, 201), 40_000
+    worst = lambda step: max(max(abs(x.mean() - m).item() / (5 * s.item() / n**0.5 + 0.01),
+                                 abs(x.std() / s - 1).item() / (5 / (2 * n) ** 0.5 + 0.01))
+                             for _, x, m, s in simulate(step, t, m=1.5, s=0.5, samples=n))
+    assert worst(lambda x, v, t, dt, s, noise: sde_step(x, v, t, dt, s, noise=noise)[0]) < 1
+    # What must fail: noise without the drift that balances it, and that drift with a wrong sign or half its size.
+    without = lambda x, v, t, dt, s, noise: x + v * dt[:, None] + (s * (-dt) ** 0.5)[:, None] * noise
+    assert worst(without) > 2
+    for factor in (-1, 0.5):
+        wrong = lambda x, v, t, dt, s, noise: without(x, v, t, dt, s, noise) + factor * (
+            sde_step(x, v, t, dt, s, noise=noise)[2] - x - v * dt[:, None])
+        assert worst(wrong) > 2
+
+
+def test_clipping_stops_the_gradient_on_its_side_only():
+    for advantage, moved, grows in ((1.0, 0.1, False), (1.0, -0.1, True), (-1.0, -0.1, False), (-1.0, 0.1, True)):
+        log_prob = torch.tensor([moved], requires_grad=True)
+        loss, ratio = clipped_loss(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.05)
+        loss.sum().backward()
+        assert bool(log_prob.grad.abs() > 0) == grows
+        close(ratio, np.exp([moved]))
+        assert loss.item() == pytest.approx(-min(ratio.item() * advantage, ratio.clamp(0.95, 1.05).item() * advantage))
+
+
+# ------------------------------------------------------------------------------------------------------- model
+
+
+def small(**options):
+    return Config(**{**dict(groups=2, group_size=4, batch_size=8, eval_prompts=2, eval_steps=4, train_steps=6, window=2,
+                            dataset=str(HERE / "toy/ocr")), **options})
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    model = flow_grpo.load_model(small())
+    start = copy.deepcopy(model.pipe.transformer.state_dict())
+
+    def reset(config):
+        model.pipe.transformer.load_state_dict(start)
+        model.optimizer = torch.optim.AdamW(model.params, config.learning_rate)
+        model.ema, model.updates = [p.detach().clone() for p in model.params], 0
+        return model
+    return reset
+
+
+def perturb(model, size=0.02):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.params:
+            p += size * torch.randn_like(p)
+
+
+def draw(model, config, steps=range(1, 3), prompts=("CAT", "DOG"), seed=0):
+    prompts = [f'a sign that says "{w}"' for w in prompts for _ in range(config.group_size)]
+    return flow_grpo.rollout(model, config, prompts, range(seed, seed + len(prompts)), config.train_steps, steps)
+
+
+def spread_advantages(n):
+    return torch.linspace(-1, 1, n)
+
+
+def learn(model, config, batch, advantages=None):
+    advantages = spread_advantages(len(batch.images)) if advantages is None else advantages
+    return flow_grpo.update(model, config, batch, advantages, random.Random(0))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_ratio_is_1_before_the_first_update(fresh, guidance, precision):
+    config = small(updates=1, guidance=guidance, precision=precision)
+    model = fresh(config)
+    perturb(model)
+    metrics = learn(model, config, draw(model, config))
+    assert metrics["ratio_deviation"] < 1e-5
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda batch, config: batch.log_prob.add_(0.1),
+    lambda batch, config: batch.latents.mul_(1.05),  # as when sampling stored them in another precision
+    lambda batch, config: batch.t.mul_(0.98),
+    lambda batch, config: setattr(config, "guidance", 3.0),
+    lambda batch, config: setattr(config, "noise_level", 0.7) or batch.sigma.mul_(1.1),
+], ids=["log_prob", "latents", "t", "guidance", "sigma"])
+def test_a_run_stops_when_sampling_and_training_disagree(fresh, spoil, capsys):
+    config = small()
+    model = fresh(config)
+    batch = draw(model, config)
+    spoil(batch, config)
+    before = [p.clone() for p in model.params]
+    with pytest.raises(SystemExit) as stopped:
+        learn(model, config, batch)
+    assert stopped.value.code == 2 and "ratio" in capsys.readouterr().err
+    assert all(torch.equal(a, b) for a, b in zip(before, model.params))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kl_is_0_at_the_start_and_pulls_back_once_the_lora_has_moved(fresh, precision):
+    config = small(beta=0.5, updates=1, precision=precision)
+    model = fresh(config)
+    nothing = torch.zeros(8)
+    assert learn(model, config, draw(model, config), nothing)["kl"] == 0
+    model = fresh(config)
+    perturb(model)
+    before = [p.clone() for p in model.params]
+    metrics = learn(model, config, draw(model, config), nothing)  # no advantage: only the KL can have a gradient
+    assert metrics["kl"] > 0 and metrics["grad_norm"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.params))
+
+
+def test_the_reference_pass_does_not_swallow_lora_gradients_under_autocast(fresh):
+    """A gradient through velocity() must not depend on a no_grad pass before it."""
+    config = small(precision="bf16", guidance=1.0)
+    model = fresh(config)
+    perturb(model)
+    condition = flow_grpo.encode(model, config, ['a sign that says "CAT"'])
+    x, t = torch.randn(1, 8, 12, 12), torch.tensor([0.7])
+
+    def gradient(first):
+        model.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):  # as if a caller had opened one around both
+            if first:
+                with torch.no_grad():
+                    flow_grpo.velocity(model, config, x, t, condition)
+            loss = flow_grpo.velocity(model, config, x, t, condition).square().mean()
+        loss.backward()
+        return [None if p.grad is None else p.grad.clone() for p in model.params]
+    for a, b in zip(gradient(False), gradient(True)):
+        assert a is not None and b is not None and torch.equal(a, b)
+
+
+def test_both_branches_of_guidance_carry_gradient(fresh):
+    config = small(guidance=3.0)
+    model = fresh(config)
+    perturb(model)
+    condition = flow_grpo.encode(model, config, ['a sign that says "CAT"'])
+    assert condition[0].shape[:2] == (1, 2)
+    x, t = torch.randn(1, 8, 12, 12), torch.tensor([0.7])
+
+    def branch(k):
+        return flow_grpo.velocity(model, small(guidance=1.0), x, t, [c[:, k:k + 1] for c in condition])
+    guided = flow_grpo.velocity(model, config, x, t, condition)
+    close(guided, branch(1) + 3 * (branch(0) - branch(1)), 1e-4)
+    gradients = []
+    for loss in (guided.sum(), (branch(1) + 3 * (branch(0) - branch(1))).sum()):
+        model.optimizer.zero_grad()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.params]))
+    close(gradients[0], gradients[1], 1e-3)
+
+
+def test_an_image_does_not_depend_on_its_batch(fresh):
+    config = small()
+    model = fresh(config)
+    together, apart = draw(model, config), draw(model, small(batch_size=3))
+    close(together.latents, apart.latents, 1e-4)
+    alone = flow_grpo.rollout(model, config, ['a sign that says "DOG"'], [5], config.train_steps, range(1, 3))
+    close(together.latents[5], alone.latents[0], 1e-4)
+    close(together.log_prob[5], alone.log_prob[0], 1e-4)
+
+
+def test_a_record_contains_the_sde_steps_and_each_member_of_a_group_is_different(fresh):
+    config = small()
+    model = fresh(config)
+    batch = draw(model, config, steps=range(1, 3))
+    assert batch.latents.shape == (8, 3, 8, 12, 12) and batch.log_prob.shape == (8, 2)
+    for i in range(8):
+        for j in range(i):
+            assert (batch.latents[i, 0] - batch.latents[j, 0]).abs().mean() > 0.1
+    # the noise that the SDE added is standard normal: the empirical std of its steps is the one that was scored
+    t = batch.t
+    for k, step in enumerate(batch.steps):
+        v = flow_grpo.velocity(model, config, batch.latents[:, k], t[step].expand(8),
+                               [c[batch.which] for c in batch.condition])
+        args = t[step].expand(8), t.diff()[step].expand(8), batch.sigma[step].expand(8)
+        _, _, mean, std = sde_step(batch.latents[:, k], v, *args, x_next=batch.latents[:, k + 1])
+        noise = (batch.latents[:, k + 1] - mean) / std.view(8, 1, 1, 1)
+        assert abs(noise.std().item() - 1) < 0.05 and abs(noise.mean().item()) < 0.05
+
+
+def test_the_window_never_has_the_last_step():
+    for steps in (4, 5, 10):
+        for window in (0, 1, 2):
+            config = small(train_steps=steps, window=window)
+            windows = [flow_grpo.choose_window(config, random.Random(i)) for i in range(50)]
+            assert all(w.stop <= steps - 1 and len(w) == (window or steps - 1) for w in windows)
+            assert window == 0 or len(set(windows)) == steps // 2 - window + 1
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_the_size_of_a_micro_batch_does_not_change_the_update(fresh, beta):
+    results = []
+    for size in (16, 5):
+        config = small(beta=beta, batch_size=size, updates=1)
+        model = fresh(config)
+        perturb(model)
+        learn(model, config, draw(model, small()))
+        results.append(torch.cat([m["exp_avg"].flatten() for m in model.optimizer.state.values()]))  # the gradient
+    assert results[0].abs().max() > 0
+    close(results[0] / results[0].abs().max(), results[1] / results[0].abs().max(), 1e-3)
+
+
+def test_a_sample_without_advantage_changes_nothing(fresh):
+    config = small(updates=1)
+    model = fresh(config)
+    batch = draw(model, config)
+    before = [p.clone() for p in model.params]
+    assert learn(model, config, batch, torch.zeros(8))["grad_norm"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.params))
+
+
+def test_an_epoch_has_every_prompt_exactly_group_size_times(monkeypatch):
+    seen = []
+
+    def fake_rollout(model, config, prompts, seeds, *rest):
+        seen.append((prompts, seeds))
+        raise StopIteration
+    monkeypatch.setattr(flow_grpo, "rollout", fake_rollout)
+    config = small(groups=3, group_size=5)
+    train_set = [(f"prompt {i}", {"i": i}) for i in range(7)]
+    for epoch in range(50):
+        with pytest.raises(StopIteration):
+            flow_grpo.train_epoch(None, config, None, train_set, epoch)
+    every_seed = [s for _, seeds in seen for s in seeds]
+    assert len(set(every_seed)) == len(every_seed) == 50 * 15
+    for prompts, _ in seen:
+        assert [prompts[i] for i in range(0, 15, 5)] == list(dict.fromkeys(prompts))
+        assert all(prompts.count(p) == 5 for p in prompts)
+    assert len({prompts for prompts, _ in seen}) > 40
+
+
+def test_nan_gradients_stop_the_run_before_the_weights_change(fresh, capsys):
+    config = small()
+    model = fresh(config)
+    batch = draw(model, config)
+    before = [p.clone() for p in model.params]
+    with pytest.raises(SystemExit):
+        learn(model, config, batch, torch.full((8,), torch.nan))
+    assert "gradient" in capsys.readouterr().err
+    assert all(torch.equal(a, b) for a, b in zip(before, model.params))
+
+
+def test_the_ema_grows_into_its_decay(fresh):
+    config = small(ema_decay=0.9, ema_every=2)
+    model = fresh(config)
+    with torch.no_grad():
+        for p in model.params:
+            p += 1
+    for model.updates in (1, 2):
+        flow_grpo.ema_step(model, config)
+    decay = 2 / 11  # (1 + n) / (10 + n) with n = 1: only the second update counts
+    close(model.params[0] - model.ema[0], torch.full_like(model.ema[0], decay), 1e-4)
+    inside = []
+    with flow_grpo.averaged(model):
+        inside = [p.clone() for p in model.params]
+    assert all(torch.equal(a, b) for a, b in zip(inside, model.ema))
+    close(model.params[0] - model.ema[0], torch.full_like(model.ema[0], decay), 1e-4)
+
+
+def test_lora_is_on_the_official_projections_only(fresh):
+    model = fresh(small())
+    names = {re.sub(r"transformer_blocks\.\d+\.|\.lora_.*", "", n) for n, p in model.pipe.transformer.named_parameters()
+             if p.requires_grad}
+    assert names == {"attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+                     "attn.add_v_proj", "attn.to_add_out"}
+    assert len(model.params) == 2 * (4 * 8 - 1)  # the last block has no to_add_out
+    others = [*model.pipe.vae.parameters(), *model.pipe.text_encoder.parameters(), *model.pipe.text_encoder_3.parameters()]
+    assert not any(p.requires_grad for p in others)
+
+
+# ----------------------------------------------------------------------------------------------------- rewards
+
+
+@pytest.fixture(scope="module")
+def world():
+    return __import__("make_toy")
+
+
+def test_ocr_reads_signs(world):
+    words = ["CAT", "LION", "MAP", "FROG", "XKWQ"]
+    images = [world.paint_sign(w, random.Random(w)) for w in words]
+    prompts = [f'a sign that says "{w}"' for w in words]
+    reward = rewards.ocr()
+    assert reward(images, prompts, [{}] * 5) == [1.0] * 5
+    assert reward(images, [p.replace('"', '"x y z', 1) for p in prompts], None)[0] == pytest.approx(1 - 3 / 6)
+    wrong = [prompts[1], prompts[0], *prompts[2:]]  # right images with right prompts, not all pairs
+    scores = reward(images, wrong, None)
+    assert max(scores[:2]) < 1 and scores[2:] == [1.0] * 3
+    assert [reward([i], [p], None)[0] for i, p in zip(images, wrong)] == scores
+    assert reward([Image.new("RGB", (48, 48), "white")], prompts[:1], None) == [0.0]
+    careless = [world.paint_sign(w, random.Random(w), careless=True).resize((24, 24)).resize((48, 48)) for w in words]
+    assert max(reward(careless, prompts, None)) < 1
+
+
+def test_the_ocr_rule():
+    from rapidfuzz.distance import Levenshtein
+    score = lambda text, target: rewards.text_score(text, target, Levenshtein.distance)
+    assert score("Hello World", "hello world") == 1 == score("say HELLOWORLD!", "Hello World")
+    assert score("HELO", "HELLO") == pytest.approx(0.8)
+    assert score("", "HELLO") == 0 == score("completely different", "HI")  # never below 0
+    assert rewards.quoted('a "BIG CAT" and "X"') == "BIG CAT"
+
+
+@pytest.mark.parametrize("tag", ["single_object", "two_object", "counting", "colors", "position", "color_attr"])
+def test_geneval_knows_right_from_wrong(world, tag):
+    rng, reward = random.Random(0), rewards.geneval()
+    rows = rng.sample(world.scenes(tag), 4)
+    good = [world.paint_scene(row, rng) for row in rows]
+    bad = [world.paint_scene(row, rng, careless=True) for row in rows]
+    prompts = [row["prompt"] for row in rows]
+    assert reward(good, prompts, rows) == [1.0] * 4
+    assert max(reward(bad, prompts, rows)) < 1
+    assert [reward([i], [p], [r])[0] for i, p, r in zip(bad, prompts, rows)] == reward(bad, prompts, rows)
+
+
+def test_the_geneval_rule():
+    box = lambda x, y: (x, y, x + 10, y + 10)
+    thing = lambda name, color="red", at=(0, 0): {"class": name, "color": color, "box": box(*at)}
+    row = lambda *include: {"include": list(include)}
+    score = rewards.geneval_score
+    assert score([thing("cup")] * 3, row({"class": "cup", "count": 4})) == pytest.approx(0.75)
+    assert score([thing("cup")], row({"class": "cup", "count": 1, "color": "red"})) == 1
+    assert score([thing("cup", "blue")], row({"class": "cup", "count": 1, "color": "red"})) == 0.5
+    assert score([thing("cup")] * 2, row({"class": "cup", "count": 1, "color": "red"})) == 0  # count 0, colour void
+    left = row({"class": "cup", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]})
+    assert score([thing("cup", at=(30, 0)), thing("dog", at=(0, 2))], left) == 1
+    assert score([thing("cup", at=(0, 0)), thing("dog", at=(30, 0))], left) == pytest.approx(2 / 3)  # not 0.75
+    assert score([thing("cup", at=(1, 0)), thing("dog", at=(0, 0))], left) == pytest.approx(2 / 3)  # too near to tell
+    assert score([thing("dog")], left) == pytest.approx(1 / 3)
+    assert rewards.relations(box(0, 0), box(30, 40)) == {"left of", "above"}
+    assert rewards.relations(box(0, 40), box(4, 0)) == {"below"}
+
+
+def test_jpeg_rewards_are_opposite_and_know_noise_from_paper():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8))
+    images = [noise, Image.new("RGB", (48, 48), "white")]
+    small_wins = rewards.jpeg_compressibility()(images, ["", ""], None)
+    assert small_wins == [-s for s in rewards.jpeg_incompressibility()(images, ["", ""], None)]
+    assert small_wins[0] < 2 * small_wins[1] < 0
+
+
+def test_a_weighted_sum_keeps_its_parts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def size(images, prompts, metadata):\n    return [i.width for i in images]\n")
+    loaded = rewards.load("jpeg_compressibility:0.5,mine:size:2")
+    images = [Image.new("RGB", (w, 8)) for w in (8, 16)]
+    scores = rewards.score(loaded, images, ["a", "b"], [{}, {}])
+    assert list(scores) == ["jpeg_compressibility", "mine:size", "reward"] and scores["mine:size"] == [8, 16]
+    close(scores["reward"], [0.5 * a + 2 * b for a, b in zip(*list(scores.values())[:2])])
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+CUSTOM = '''
+calls = 0
+def fine(images, prompts, metadata): return [float(len(p)) for p in prompts]
+def raises(images, prompts, metadata): return [1 / 0 for p in prompts]
+def nan(images, prompts, metadata): return [float("nan") for p in prompts]
+def short(images, prompts, metadata): return [1.0]
+def later(images, prompts, metadata):
+    global calls
+    calls += 1
+    return [i / len(images) if calls < 4 else 1 / 0 for i in range(len(images))]
+'''
+TINY = ["--groups", "2", "--group_size", "4", "--eval_prompts", "2", "--eval_steps", "2", "--train_steps", "4", "--window",
+        "1", "--epochs", "1"]
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """An empty current folder with a few files that a user might have."""
+    monkeypatch.chdir(tmp_path)
+    Path("custom.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("custom", None)
+    Path("noquotes").mkdir()
+    for split in ("train", "test"):
+        Path(f"noquotes/{split}.txt").write_text("a sign without words\n")
+    Path("empty").mkdir()
+    Path("empty/train.txt").write_text("\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--reward", "ocrr"], ["ocrr", "ocr", "geneval"]),
+    (["--reward", "custom:nothing"], ["custom", "nothing"]),
+    (["--reward", "nofile:nothing"], ["nofile"]),
+    (["--reward", "custom:raises"], ["custom:raises", "ZeroDivisionError", "custom.py line 4", "a photo of"]),
+    (["--reward", "custom:nan"], ["custom:nan", "nan", "a photo of"]),
+    (["--reward", "custom:short"], ["custom:short", "1 scores for 4 images"]),
+    (["--reward", "ocr", "--dataset", "noquotes"], ["a sign without words", "double quotes"]),
+    (["--reward", "geneval", "--dataset", "noquotes"], ["a sign without words", "metadata"]),
+    (["--dataset", "nowhere"], ["--dataset nowhere", "train.txt"]),
+    (["--dataset", "empty"], ["--dataset empty"]),
+    (["--model", "nowhere"], ["--model nowhere"]),
+    (["--group_size", "1"], ["--group_size 1", "2 or more"]),
+    (["--updates", "3"], ["--updates 3", "8 images"]),
+    (["--window", "3"], ["--window 3", "4 steps"]),
+    (["--learning_rat", "1"], ["--learning_rat", "did you mean --learning_rate?"]),
+    (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
+    (["--learning_rate", "0"], ["--learning_rate 0", "above 0"]),
+    (["--precision", "fp8"], ["--precision fp8", "fp32 or bf16"]),
+    (["--preset", "sd4"], ["--preset sd4", "sd3.5-medium"]),
+    (["--std_over", "all"], ["--std_over all", "batch or group"]),
+    (["--name", "x", "--resume"], ["--resume", "holds no run"]),
+])
+def test_a_mistake_gives_one_clear_line_and_exit_code_2(desk, capsys, options, says):
+    with pytest.raises(SystemExit) as stopped:
+        flow_grpo.main([*TINY, *options])
+    error = [line for line in capsys.readouterr().err.splitlines() if not re.search(r"epoch/s|it/s|^\s*$", line)]
+    assert stopped.value.code == 2 and len(error) == 1
+    for part in says:
+        assert part in error[0]
+
+
+def test_a_reward_that_fails_late_leaves_the_last_checkpoint(desk):
+    options = [*TINY, "--epochs", "4", "--save_every", "1", "--name", "x", "--reward", "custom:later"]
+    with pytest.raises(SystemExit):
+        flow_grpo.main(options)
+    assert len(load_file("runs/x/checkpoint/state.safetensors")) > 100
+    assert [json.loads(line)["epoch"] for line in open("runs/x/metrics.jsonl")] == [0, 1]
+    sys.modules.pop("custom")  # the user mends it
+    Path("custom.py").write_text(CUSTOM.replace("1 / 0 for i in range", "0.5 for i in range"))
+    flow_grpo.main(["--resume", "--name", "x"])
+    assert [json.loads(line)["epoch"] for line in open("runs/x/metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_a_run_writes_what_the_readme_says(desk, capsys):
+    flow_grpo.main([*TINY, "--reward", "custom:fine:2,jpeg_compressibility:0.1", "--name", "x", "--beta", "0.1"])
+    for name in ("config.json", "metrics.jsonl", "curve.png", "before_after.png", "samples/0000.png", "samples/0001.png",
+                 "checkpoint/state.safetensors", "pytorch_lora_weights.safetensors"):
+        assert (desk / "runs/x" / name).stat().st_size > 0
+    first, last = map(json.loads, open("runs/x/metrics.jsonl"))
+    readme = (HERE / "README.md").read_text()
+    for key in (*first, *last):
+        assert f"`{key}`" in readme or f"`{key.split('/')[0]}/" in readme, f"README.md does not explain {key}"
+    assert {"reward", "reward_std", "group_std", "no_signal", "policy_loss", "kl", "ratio", "ratio_deviation", "clip_low",
+            "clip_high", "grad_norm", "seconds_sampling", "seconds_reward", "seconds_update", "eval_reward",
+            "eval_accuracy", "eval_diversity"} <= set(first)
+    assert set(last) >= {"epoch", "eval_reward", "eval_accuracy", "eval_diversity"}
+    assert "runs/x" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # nothing is overwritten by accident
+        flow_grpo.main([*TINY, "--name", "x"])
+    assert "exists" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        flow_grpo.main(["--name", "x", "--resume", "--group_size", "8"])
+    assert "--group_size 8: the run to resume has 4" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        flow_grpo.main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert all(f"--{name}" in text for name in Config.__dataclass_fields__)
+
+
+def test_the_presets_are_the_papers(monkeypatch):
+    config = flow_grpo.parse_config(["--preset", "sd3.5-medium", "--reward", "ocr"])
+    flow_grpo.check_config(config)
+    expected = dict(resolution=512, train_steps=10, eval_steps=40, group_size=24, groups=48, updates=2, guidance=4.5,
+                    noise_level=0.7, learning_rate=3e-4, clip_range=1e-4, lora_rank=32, lora_alpha=64, beta=0.04, window=0,
+                    max_sequence_length=128, ema_decay=0.9, ema_every=8, std_over="batch")
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert flow_grpo.parse_config(["--preset", "sd3.5-medium", "--beta", "0.01"]).beta == 0.01
+
+
+# -------------------------------------------------------------------------------------------------- whole runs
+
+
+def run_script(folder, *options, wait=True):
+    process = subprocess.Popen([sys.executable, str(HERE / "flow_grpo.py"), *options], cwd=folder, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if wait:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    return process
+
+
+def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path):
+    options = [*TINY, "--epochs", "4", "--eval_every", "2", "--save_every", "1", "--beta", "0.01", "--name", "x"]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    run_script(tmp_path / "whole", *options)
+    process = run_script(tmp_path / "killed", *options, wait=False)
+    metrics, deadline = tmp_path / "killed/runs/x/metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert metrics.read_text().count("\n") < 5, "it ended before it could be killed"
+    run_script(tmp_path / "killed", "--resume", "--name", "x")
+    for name in ("checkpoint/state.safetensors", "pytorch_lora_weights.safetensors"):
+        a, b = (load_file(tmp_path / kind / "runs/x" / name) for kind in ("whole", "killed"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    rows = [[json.loads(line) for line in (tmp_path / kind / "runs/x/metrics.jsonl").read_text().splitlines()]
+            for kind in ("whole", "killed")]
+    timeless = [[{k: v for k, v in row.items() if "seconds" not in k} for row in run] for run in rows]
+    assert timeless[0] == timeless[1] and len(rows[0]) == 5
+
+
+def test_stock_diffusers_reproduces_an_evaluation_image(desk):
+    """As in the README: load_lora_weights, and the seed of the evaluation image."""
+    flow_grpo.main([*TINY, "--learning_rate", "0.03", "--epochs", "2", "--name", "x", "--dataset", str(HERE / "toy/ocr"),
+                    "--eval_steps", "6"])
+    from diffusers import StableDiffusion3Pipeline
+    pipe = StableDiffusion3Pipeline.from_pretrained(HERE / "toy", dtype=torch.float32)
+    prompt = (HERE / "toy/ocr/test.txt").read_text().splitlines()[0]
+    options = dict(num_inference_steps=6, guidance_scale=2.0, max_sequence_length=14, height=48, width=48)
+    ours = np.asarray(Image.open("runs/x/samples/0002.png").crop((3, 0, 147, 144)), float)  # seed 0, drawn at 144 pixels
+    picture = lambda: np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(0), **options).images[0]
+                                 .resize((144, 144), Image.LANCZOS), float)
+    base = picture()
+    pipe.load_lora_weights("runs/x")
+    tuned = picture()
+    assert np.abs(tuned - ours).max() <= 2
+    assert np.abs(base - ours).max() > 20, "the run did not change the picture enough to tell"
+
+
+def test_the_toy_loads_as_a_stock_pipeline_without_arguments():
+    from diffusers import StableDiffusion3Pipeline
+    pipe = StableDiffusion3Pipeline.from_pretrained(HERE / "toy")
+    assert pipe.text_encoder and pipe.text_encoder_2 and pipe.text_encoder_3
+    files = [f for f in (HERE / "toy").rglob("*") if f.is_file() and "build" not in f.parts]
+    assert sum(f.stat().st_size for f in files) < 10e6
+    words = [set((HERE / f"toy/ocr/{split}.txt").read_text().split("\n")) - {""} for split in ("train", "test")]
+    assert len(words[0]) >= 200 and len(words[1]) >= 100 and not words[0] & words[1]
+    rows = [{json.loads(line)["prompt"] for line in open(HERE / f"toy/geneval/{split}_metadata.jsonl")}
+            for split in ("train", "test")]
+    assert not rows[0] & rows[1]
+
+
+def test_training_raises_the_toy_reward(desk):
+    flow_grpo.main(["--epochs", "6", "--groups", "4", "--group_size", "12", "--eval_prompts", "12", "--eval_steps", "10",
+                    "--name", "x"])
+    rows = [json.loads(line) for line in open("runs/x/metrics.jsonl")]
+    assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.02
