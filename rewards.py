@@ -31,8 +31,10 @@ def load(spec):
     for term in spec.split(","):
         *parts, last = term.strip().split(":")
         try:
-            weight = float(last)
+            weight = float(last) if parts else None
         except ValueError:
+            weight = None
+        if weight is None or not math.isfinite(weight):  # "my_file:nan" names a function
             parts, weight = [*parts, last], 1.0
         name = ":".join(parts)
         if name in rewards:
@@ -40,7 +42,10 @@ def load(spec):
         if len(parts) == 2:
             rewards[name] = (load_function(*parts), weight)
         elif name in REWARDS:
-            rewards[name] = (REWARDS[name](), weight)
+            try:
+                rewards[name] = (REWARDS[name](), weight)
+            except ImportError as error:
+                raise RewardError(f"--reward {name}: {error}; pip install -r requirements.txt") from error
         else:
             raise RewardError(f"--reward {term}: choose from {', '.join(REWARDS)}, or give your own as file:function")
     return rewards
@@ -51,11 +56,12 @@ def load_function(file, function):
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(file.removesuffix(".py")), function)
-    except ModuleNotFoundError as error:
-        raise RewardError(f"--reward {file}:{function}: {error}") from error
-    except AttributeError:
-        raise RewardError(f"--reward {file}:{function}: {file} has no function {function}") from None
+        module = importlib.import_module(file.removesuffix(".py"))
+    except Exception as error:  # whatever a user's file raises
+        raise RewardError(f"--reward {file}:{function}: cannot import {file}: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, function, None)):
+        raise RewardError(f"--reward {file}:{function}: {file} has no function {function}")
+    return getattr(module, function)
 
 
 def score(rewards, images, prompts, metadata):
@@ -67,7 +73,7 @@ def score(rewards, images, prompts, metadata):
         except RewardError as error:
             raise RewardError(f"reward {name}: {error}") from error
         except Exception as error:  # a user's function may raise anything; say where
-            where = traceback.extract_tb(error.__traceback__)[-1]
+            where = traceback.extract_tb(error.__traceback__)[:2][-1]  # the first line outside of this one
             raise RewardError(f"reward {name} failed: {type(error).__name__}: {error} ({os.path.basename(where.filename)}"
                               f" line {where.lineno}), scoring {len(images)} images from {prompts[0]!r} on") from error
         if len(values) != len(images):
@@ -115,7 +121,7 @@ def ocr():
     from rapidocr import RapidOCR
     # One single-threaded engine a core is faster than one engine on all of them. Two defaults of rapidocr make tiny
     # images slow: it enlarges them to 736 pixels (limit_type: PaddleOCR does not) and pads each line to a width of 320.
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     engines = [RapidOCR(params={"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1,
                                 "Det.limit_type": "max", "Det.limit_side_len": 960, "Rec.rec_img_shape": [3, 48, 160]})
                for _ in range(cores)]
@@ -156,9 +162,20 @@ def text_score(text, target, distance):
 
 
 def geneval():
-    """GenEval's six tasks, scored from what a detector finds (section 5.1). This detector knows the toy's shapes."""
-    return lambda images, prompts, metadata: [geneval_score(detect_shapes(image), row)
-                                              for image, row in zip(images, metadata)]
+    """GenEval's six tasks, scored from what a detector finds (section 5.1). This detector knows the toy's shapes.
+
+    Raises RewardError for prompts without GenEval metadata, or with objects or colours that the detector cannot know.
+    """
+    def reward(images, prompts, metadata):
+        for prompt, row in zip(prompts, metadata):
+            if "include" not in row:
+                raise RewardError(f"the prompt {prompt!r} has no GenEval metadata; use a *_metadata.jsonl dataset")
+            for asked in row["include"]:
+                if asked["class"] not in SHAPES or asked.get("color", "red") not in COLORS:
+                    raise RewardError(f"the prompt {prompt!r} asks for more than the toy's detector knows: "
+                                      f"{', '.join(SHAPES)}; {', '.join(COLORS)}")
+        return [geneval_score(detect_shapes(image), row) for image, row in zip(images, metadata)]
+    return reward
 
 
 def geneval_score(found, row):
@@ -170,8 +187,6 @@ def geneval_score(found, row):
     place, so that a failure scores 0.75; the paper does not, and this does not.
     """
     terms, groups = [], []
-    if "include" not in row:
-        raise RewardError(f"the prompt {row.get('prompt')!r} has no GenEval metadata; use a *_metadata.jsonl dataset")
     for asked in row["include"]:
         objects = [o for o in found if o["class"] == asked["class"]]
         groups.append(objects)
