@@ -659,6 +659,15 @@ def test_a_run_writes_what_the_readme_says(desk, capsys):
     assert "--group_size 8: the run to resume has 4" in capsys.readouterr().err
 
 
+def test_the_readme_points_at_the_right_lines():
+    readme, lines = (HERE / "README.md").read_text(), (HERE / "flow_grpo.py").read_text().splitlines()
+    links = re.findall(r"\[`?(\w+)`?\]\(flow_grpo\.py#L(\d+)\)", readme)
+    assert len(links) >= 7
+    for name, number in links:
+        assert re.match(rf"def {name}\b", lines[int(number) - 1]), f"{name} is not at line {number}"
+    assert f"in {len(lines)} lines" in readme
+
+
 def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit) as stopped:
         flow_grpo.main(["--help"])

@@ -388,7 +388,7 @@ def train_flow(pipe, latents, captions):
     optimizers = [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
                   torch.optim.AdamW(rest, 2e-3, betas=(0.9, 0.99), weight_decay=0)]
     train("flow", FLOW_STEPS, loss_of, modules, optimizers,
-          lambda s: np.interp(s, (0, 100, 1500, SPELLED, FLOW_STEPS), (0.01, 1, 1, 0.64, 0.01)))
+          lambda s: float(np.interp(s, (0, 100, 1500, SPELLED, FLOW_STEPS), (0.01, 1, 1, 0.64, 0.01))))
 
 
 def main():
