@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -38,16 +39,21 @@ SEED = 0
 SIZE = 48                   # pixels
 IMAGES = 80_000             # rendered once, seen about 8 times
 VAE_STEPS, VAE_BATCH, CROP = 2500, 48, 32
-FLOW_STEPS, FLOW_BATCH = 6000, 128
+FLOW_STEPS, FLOW_BATCH = 7250, 128
 SPELLED = 2750              # by this step the flow spells; from here on 70 % of its images are scenes and t is noisier
+TUNED = 6000                # from here on tasks and painters are mixed as below: this sets the base scores
 TOKENS = 14                 # the longest caption has 12
 
-# How often the careless painter made the image, by task. The order of the six scenes is the order in which
-# SD3.5-Medium finds them hard (Table 1 of the paper: position 0.24, counting 0.50, attribution 0.52, ...).
-CARELESS = {"text": 0.40, "single_object": 0.05, "two_object": 0.25, "counting": 0.45, "colors": 0.20,
-            "position": 0.60, "color_attr": 0.50}
-SHARE = {"text": 10, "single_object": 1, "two_object": 1.5, "counting": 2, "colors": 1, "position": 2.25,
-         "color_attr": 2.25}  # of the training images
+# Share of each task among the images, and how often the careless painter made them: as painted, and as mixed at the end.
+# The order of the six scenes is the order in which SD3.5-Medium finds them hard (Table 1 of the paper: position 0.24,
+# counting 0.50, attribution 0.52, ...).
+SHARE = {"text": 10, "single_object": 1, "two_object": 1.5, "counting": 2, "colors": 1, "position": 2.25, "color_attr": 2.25}
+CARELESS = {"text": 0.40, "single_object": 0.05, "two_object": 0.25, "counting": 0.45, "colors": 0.20, "position": 0.60,
+            "color_attr": 0.50}
+LAST_SHARE = {"text": 0.25, "single_object": 0.03, "two_object": 0.14, "counting": 0.13, "colors": 0.10, "position": 0.17,
+              "color_attr": 0.18}
+LAST_CARELESS = {"text": 0.52, "single_object": 0.03, "two_object": 0.15, "counting": 0.35, "colors": 0.15,
+                 "position": 0.50, "color_attr": 0.40}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 FONT = os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSansMono-Bold.ttf")
@@ -217,14 +223,15 @@ def paint_scene(row, rng, careless=False):
 
 
 def paint_many(job):
-    """(seed, number) -> images uint8 [number, 48, 48, 3], captions"""
+    """(seed, number) -> images uint8 [number, 48, 48, 3], captions, (task, careless) of each"""
     seed, number = job
-    rng, images, captions = random.Random(seed), np.empty((number, SIZE, SIZE, 3), np.uint8), []
+    rng, images, captions, kinds = random.Random(seed), np.empty((number, SIZE, SIZE, 3), np.uint8), [], []
     train_words, test_words = map(sorted, split_words())
     rows = {tag: scenes(tag) for tag in SHARE if tag != "text"}
     for i in range(number):
         tag = rng.choices(list(SHARE), SHARE.values())[0]
         careless = rng.random() < CARELESS[tag]
+        kinds.append((tag, careless))
         if tag == "text":
             word = rng.choice(train_words)
             while rng.random() < 0.5 or word in test_words:  # half the words are random strings: it must spell
@@ -237,14 +244,15 @@ def paint_many(job):
             row = rng.choice(rows[tag])
             captions.append(row["prompt"])
             images[i] = np.asarray(paint_scene(row, rng, careless))
-    return images, captions
+    return images, captions, kinds
 
 
 def paint_all():
     jobs = [(f"{SEED}/{i}", 1000) for i in range(IMAGES // 1000)]
     with multiprocessing.Pool() as pool:
         done = list(tqdm(pool.imap(paint_many, jobs), total=len(jobs), desc="painting (thousands)"))
-    return torch.from_numpy(np.concatenate([images for images, _ in done])), sum((c for _, c in done), [])
+    images, captions, kinds = zip(*done)
+    return torch.from_numpy(np.concatenate(images)), sum(captions, []), sum(kinds, [])
 
 
 # ---------------------------------------------------------------------------------------------- the models
@@ -355,7 +363,7 @@ def train_vae(pipe, images):
     return (latents - shift) * scale
 
 
-def train_flow(pipe, latents, captions):
+def train_flow(pipe, latents, captions, kinds):
     """Flow matching (equations 1 and 2 of the paper): v(x_t, t, caption) -> noise - data."""
     tokenize = lambda texts: pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
     ids, empty = tokenize(captions), tokenize([""])
@@ -367,14 +375,17 @@ def train_flow(pipe, latents, captions):
     # Nearly twice as fast on a CPU; needs a C++ compiler.
     transformer = torch.compile(pipe.transformer) if shutil.which("g++") else pipe.transformer
 
-    is_sign = torch.tensor([caption.startswith("a sign") for caption in captions])
-    share = torch.where(is_sign, 0.3 / is_sign.sum(), 0.7 / (~is_sign).sum())
+    is_sign = torch.tensor([tag == "text" for tag, _ in kinds])
+    scenes_first = torch.where(is_sign, 0.3 / is_sign.sum(), 0.7 / (~is_sign).sum())
+    count = Counter(kinds)
+    mixed = torch.tensor([LAST_SHARE[tag] * (LAST_CARELESS[tag] if careless else 1 - LAST_CARELESS[tag])
+                          / count[tag, careless] for tag, careless in kinds])
 
     def loss_of(step):
         if step < SPELLED:
             pick = torch.randint(len(latents), (FLOW_BATCH,))
         else:
-            pick = torch.multinomial(share, FLOW_BATCH)
+            pick = torch.multinomial(scenes_first if step < TUNED else mixed, FLOW_BATCH)
         x0, tokens = latents[pick], ids[pick].clone()
         tokens[torch.rand(FLOW_BATCH) < 0.1] = empty  # empty captions make classifier-free guidance possible
         # Which object goes where is decided near t = 1.
@@ -388,7 +399,8 @@ def train_flow(pipe, latents, captions):
     optimizers = [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
                   torch.optim.AdamW(rest, 2e-3, betas=(0.9, 0.99), weight_decay=0)]
     train("flow", FLOW_STEPS, loss_of, modules, optimizers,
-          lambda s: float(np.interp(s, (0, 100, 1500, SPELLED, FLOW_STEPS), (0.01, 1, 1, 0.64, 0.01))))
+          lambda s: float(np.interp(s, (0, 100, 1500, SPELLED, TUNED, TUNED + 50, FLOW_STEPS),
+                                    (0.01, 1, 1, 0.64, 0.01, 0.35, 0.01))))
 
 
 def main():
@@ -397,9 +409,9 @@ def main():
     pipe = make_pipeline()
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
         print(f"{name}: {sum(p.numel() for p in getattr(pipe, name).parameters()):,} parameters")
-    images, captions = paint_all()
+    images, captions, kinds = paint_all()
     latents = train_vae(pipe, images)
-    train_flow(pipe, latents, captions)
+    train_flow(pipe, latents, captions, kinds)
     pipe.to(dtype=torch.float16).save_pretrained(TOY)
     for path in TOY.glob("text_encoder*/config.json"):  # stored as float16, computed in float32: transformers goes by
         path.write_text(path.read_text().replace('"float16"', '"float32"'))  # this entry, as diffusers does by default
