@@ -187,7 +187,7 @@ def test_clipping_stops_the_gradient_on_its_side_only():
 
 def small(**options):
     return Config(**{**dict(groups=2, group_size=4, batch_size=8, eval_prompts=2, eval_steps=4, train_steps=6, window=2,
-                            dataset=str(HERE / "toy/ocr")), **options})
+                            guidance=2.0, dataset=str(HERE / "toy/ocr")), **options})
 
 
 @pytest.fixture(scope="module")
@@ -723,7 +723,7 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path):
 def test_stock_diffusers_reproduces_an_evaluation_image(desk):
     """As in the README: load_lora_weights, and the seed of the evaluation image."""
     flow_grpo.main([*TINY, "--learning_rate", "0.03", "--epochs", "2", "--name", "x", "--dataset", str(HERE / "toy/ocr"),
-                    "--eval_steps", "6"])
+                    "--eval_steps", "6", "--guidance", "2"])
     from diffusers import StableDiffusion3Pipeline
     pipe = StableDiffusion3Pipeline.from_pretrained(HERE / "toy")
     prompt = (HERE / "toy/ocr/test.txt").read_text().splitlines()[0]
