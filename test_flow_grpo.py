@@ -186,7 +186,7 @@ def test_clipping_stops_the_gradient_on_its_side_only():
 
 
 def small(**options):
-    return Config(**{**dict(groups=2, group_size=4, batch_size=8, eval_prompts=2, eval_steps=4, train_steps=6, window=2,
+    return Config(**{**dict(groups=2, group_size=4, batch_size=8, beta=0.0, eval_prompts=2, eval_steps=4, train_steps=6, window=2,
                             guidance=2.0, dataset=str(HERE / "toy/ocr")), **options})
 
 
