@@ -71,7 +71,7 @@ class Config:
     name: str = opt("", "folder under runs/; default: the reward's name, numbered if taken")
     resume: bool = opt(False, "continue the run --name (default: the newest of this reward) with its own options")
     seed: int = opt(0, "of everything random: same seed, same machine, same run")
-    epochs: int = opt(24, "one epoch = sample, score, update; 0 only evaluates the model as it is", least=0)
+    epochs: int = opt(16, "one epoch = sample, score, update; 0 only evaluates the model as it is", least=0)
     eval_every: int = opt(8, "epochs between evaluations; there is always one before the first epoch and after the last", least=1)
     save_every: int = opt(5, "epochs between checkpoints; there is always one after the last", least=1)
     # sampling
@@ -81,7 +81,7 @@ class Config:
     eval_steps: int = opt(40, "T of the evaluation", least=2)
     noise_level: float = opt(0.7, "a in sigma_t: too little explores nothing, too much spoils the images", least=1e-6)
     window: int = opt(2, "SDE in so many successive steps at a random place in the noisy half, only they are trained; 0: in all but the last", least=0)
-    guidance: float = opt(1.0, "classifier-free guidance, in sampling and training alike; 1 is off and twice as fast", least=1)
+    guidance: float = opt(1.2, "classifier-free guidance, in sampling and training alike; 1 is off and twice as fast", least=1)
     # learning
     updates: int = opt(2, "optimizer steps an epoch; the first is on-policy, the others need the clipping", least=1)
     learning_rate: float = opt(2e-3, "of AdamW", least=1e-12)
