@@ -71,7 +71,7 @@ class Config:
     name: str = opt("", "folder under runs/; default: the reward's name, numbered if taken")
     resume: bool = opt(False, "continue the run --name (default: the newest of this reward) with its own options")
     seed: int = opt(0, "of everything random: same seed, same machine, same run")
-    epochs: int = opt(16, "one epoch = sample, score, update; 0 only evaluates the model as it is", least=0)
+    epochs: int = opt(24, "one epoch = sample, score, update; 0 only evaluates the model as it is", least=0)
     eval_every: int = opt(8, "epochs between evaluations; there is always one before the first epoch and after the last", least=1)
     save_every: int = opt(5, "epochs between checkpoints; there is always one after the last", least=1)
     # sampling
