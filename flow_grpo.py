@@ -22,11 +22,13 @@ Where paper and official code (github.com/yifan123/flow_grpo) disagree this file
 numbers came from it: log-probabilities are averaged over the latent's dimensions, not summed; the KL has no dt;
 advantages are divided by the standard deviation of the whole batch (the paper's: --std_over group); the last step is
 not trained. Each is marked PAPER/CODE at its line. In the paper all steps are stochastic (--window 0); by default
-here only two are, at a random place, which is the authors' later and faster Flow-GRPO-Fast.
+here only two are, at a random place, which is the authors' later and faster Flow-GRPO-Fast. Their other additions
+are one option each: --sde cps, --guard, and training without guidance, --guidance 1.
 
   python flow_grpo.py                                       # a colour reward on the embedded toy model
   python flow_grpo.py --reward ocr                          # teach it to write, judged by a real OCR engine
   python flow_grpo.py --reward ocr --preset sd3.5-medium    # the paper's setting, on a GPU
+  accelerate launch flow_grpo.py --reward ocr --preset sd3.5-medium                     # the same on all GPUs
 """
 import argparse
 import difflib
@@ -35,15 +37,19 @@ import math
 import os
 import random
 import re
+import shutil
+import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -60,13 +66,16 @@ def opt(default, why, least=None, choices=None):
 @dataclass
 class Config:
     # what to train, on what
-    preset: str = opt("toy", "a set of defaults; other options override it", choices=("toy", "sd3.5-medium"))
+    preset: str = opt("toy", "a set of defaults; other options override it", choices=("toy", "sd3.5-medium", "sd3.5-medium-24gb", "flux.1-dev"))
     reward: str = opt("flow_grpo:redness", 'a name in rewards.py, your own "file:function", or a sum "ocr:1,jpeg_compressibility:0.1"')
-    model: str = opt("toy", "folder or hub name of a StableDiffusion3Pipeline")
+    eval_reward: str = opt("", "rewards that are only measured, in evaluations, as in --reward: they show reward hacking")
+    model: str = opt("toy", "folder or hub name of a StableDiffusion3Pipeline or FluxPipeline")
     dataset: str = opt("", "folder of train.txt and test.txt, or {train,test}_metadata.jsonl; by default toy/ocr for ocr, else toy/geneval")
     resolution: int = opt(48, "height and width of the images in pixels", least=8)
     max_sequence_length: int = opt(14, "tokens of the T5 encoder; the official SD3.5 runs used 128", least=1)
     precision: str = opt("fp32", "of the network: bf16 takes half the memory; the mathematics stays float32", choices=("fp32", "bf16"))
+    gradient_checkpointing: bool = opt(False, "compute activations twice instead of keeping them: less memory, slower updates")
+    offload: bool = opt(False, "text encoders live in the CPU's memory and visit the GPU to encode an epoch's prompts")
     # the run
     name: str = opt("", "folder under runs/; default: the reward's name, numbered if taken")
     resume: bool = opt(False, "continue the run --name (default: the newest of this reward) with its own options")
@@ -81,11 +90,13 @@ class Config:
     eval_steps: int = opt(40, "T of the evaluation", least=2)
     noise_level: float = opt(0.7, "a in sigma_t: too little explores nothing, too much spoils the images", least=1e-6)
     window: int = opt(2, "SDE in so many successive steps at a random place in the noisy half, only they are trained; 0: in all but the last", least=0)
-    guidance: float = opt(1.2, "classifier-free guidance, in sampling and training alike; 1 is off and twice as fast", least=1)
+    sde: str = opt("flow", "flow is the paper's; cps, coefficient-preserving sampling (arXiv 2509.05952), leaves no noise in the image", choices=("flow", "cps"))
+    guidance: float = opt(1.2, "classifier-free guidance, in sampling and training alike; 1 is off and twice as fast; FLUX: its distilled guidance", least=1)
     # learning
     updates: int = opt(2, "optimizer steps an epoch; the first is on-policy, the others need the clipping", least=1)
     learning_rate: float = opt(1e-3, "of AdamW", least=1e-12)
     clip_range: float = opt(1e-3, "epsilon: how far a ratio may leave 1; small, because log-probabilities are averages", least=1e-12)
+    guard: bool = opt(False, "GRPO-Guard (arXiv 2510.22319): ratios centred on 1 and of one scale at all steps; needs a clip range about 1e-6")
     beta: float = opt(0.3, "weight of the KL to the model as it was: more keeps its quality and diversity, and slows the reward", least=0)
     std_over: str = opt("batch", "whose standard deviation divides the advantages", choices=("batch", "group"))
     lora_rank: int = opt(32, "size of what is trained", least=1)
@@ -98,21 +109,27 @@ class Config:
     eval_per_prompt: int = opt(2, "images of each, from the same seeds every time; from 2 on they measure diversity", least=1)
 
 
+# The paper's setting: section 5.1 and, for learning rate, clip range and EMA, the official config/grpo.py, the only place
+# that prints them. 0.04 is the paper's beta for GenEval and OCR; for PickScore it is 0.01.
+PAPER = dict(model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128, precision="bf16",
+             epochs=1000, eval_every=30, save_every=10, groups=48, group_size=24, window=0, guidance=4.5, learning_rate=3e-4,
+             clip_range=1e-4, beta=0.04, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
 PRESETS = {
     "toy": {},
-    # The paper's setting: section 5.1 and, for learning rate, clip range and EMA, the official config/grpo.py, the
-    # only place that prints them. 0.04 is the paper's beta for GenEval and OCR; for PickScore it is 0.01.
-    "sd3.5-medium": dict(
-        model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128, precision="bf16",
-        epochs=1000, eval_every=30, save_every=10, groups=48, group_size=24, window=0, guidance=4.5, learning_rate=3e-4,
-        clip_range=1e-4, beta=0.04, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1),
+    "sd3.5-medium": PAPER,
+    "sd3.5-medium-24gb": PAPER | dict(groups=12, batch_size=4, gradient_checkpointing=True, offload=True),
+    # The official config/grpo.py and train_flux.py; the paper has no settings for FLUX.
+    "flux.1-dev": PAPER | dict(model="black-forest-labs/FLUX.1-dev", train_steps=6, eval_steps=28, guidance=3.5, noise_level=0.9,
+                               beta=0.0, lora_rank=64, lora_alpha=128, batch_size=4, gradient_checkpointing=True),
 }
-MAY_CHANGE = ("resume", "epochs", "eval_every", "save_every", "batch_size")  # when a run is resumed
+MAY_CHANGE = ("resume", "epochs", "eval_every", "save_every", "batch_size", "gradient_checkpointing", "offload",
+              "eval_reward")  # when a run is resumed
 
 
 def stop(message):
     """A user's mistake: one line, exit code 2, no traceback."""
-    print(f"flow_grpo.py: {message}", file=sys.stderr)
+    if RANK == 0 or dist.is_initialized():  # before that every process finds the same mistake
+        print(f"flow_grpo.py: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -122,7 +139,9 @@ def parse_config(argv=None):
                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop
     for f in fields(Config):
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
+        kind = dict(type=f.type, metavar=f.type.__name__)
+        if f.type is bool:  # --offload and, against a preset, --no-offload
+            kind = dict(action=argparse.BooleanOptionalAction)
         notes = [" or ".join(f.metadata["choices"] or ()), f"default: {f.default}" if f.default != "" else ""]
         text = f"{f.metadata['why']} ({'; '.join(filter(None, notes))})".replace("%", "%%").removesuffix(" ()")
         parser.add_argument("--" + f.name, default=f.default, help=text, **kind)
@@ -157,12 +176,48 @@ def check_config(config):
     c = config
     if c.window > c.train_steps // 2:
         stop(f"--window {c.window}: must fit in the noisy half of {c.train_steps} steps: 1 to {c.train_steps // 2}, or 0")
-    if c.groups * c.group_size % c.updates:
-        stop(f"--updates {c.updates}: must divide the {c.groups * c.group_size} images of an epoch (groups x group_size)")
+    if c.group_size % c.updates:
+        stop(f"--updates {c.updates}: each update takes its share of every group, so it must divide --group_size "
+             f"{c.group_size}: {nearest(c.updates, lambda n: c.group_size % n == 0)}")
+    if c.groups % WORLD:
+        stop(f"--groups {c.groups}: must be a multiple of the {WORLD} processes: {nearest(c.groups, lambda n: n % WORLD == 0)}")
     if c.ema_decay >= 1:
         stop(f"--ema_decay {c.ema_decay}: must be below 1")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        stop(f"WORLD_SIZE {os.environ['WORLD_SIZE']}: this script runs as one process; start it with python")
+
+
+def nearest(value, works):
+    """The nearest numbers below and above that work, as text."""
+    below = [n for n in range(value - 1, 0, -1) if works(n)][:1]
+    above = [n for n in range(value + 1, 100 * value) if works(n)][:1]
+    return " or ".join(map(str, below + above)) + " would do"
+
+
+# Several processes: `accelerate launch` or torchrun starts this script once for each GPU and numbers the copies. Each
+# takes whole groups; what must be known of all is gathered; every file is written by the first.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def my_part(items):
+    """This process's part of a list or tensor; the parts of all processes, in order, are the whole."""
+    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
+
+
+def gather(items):
+    """The lists of all processes as one list: the inverse of my_part."""
+    parts = [None] * WORLD
+    if WORLD == 1:
+        return items
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def sum_gradients(params):
+    """Add up the processes' gradients, all in one message."""
+    if WORLD > 1:
+        gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+        dist.all_reduce(gradient)
+        for p, part in zip(params, gradient.split([p.numel() for p in params])):
+            p.grad = part.view_as(p)
 
 
 # -------------------------------------------------------------------------------------------- 2. mathematics
@@ -170,37 +225,51 @@ def check_config(config):
 # difference of log-probabilities, and half precision would leave nothing of it.
 
 
-def sde_noise(t, noise_level):
-    """sigma_t of every step, below equation 9. t: the grid [T+1] from 1 to 0 -> [T]
+def sde_noise(t, noise_level, sde="flow"):
+    """How much noise each step adds. t: the grid [T+1] from 1 to 0 -> sigma [T]
 
-    At t = 1 the formula divides by zero. There the official code (sd3_sde_with_logprob.py) puts the second grid
-    point's t in the denominator.
+    flow: sigma_t, below equation 9, by which the noise has the variance sigma_t^2 |dt|. At t = 1 the formula divides by
+    zero. There the official code (sd3_sde_with_logprob.py) puts the second grid point's t in the denominator.
+    cps: the noise's standard deviation itself.
     """
-    now = t[:-1]
+    now, later = t[:-1], t[1:]
+    if sde == "cps":
+        return later * math.sin(noise_level * math.pi / 2)
     return noise_level * torch.sqrt(now / (1 - torch.where(now == 1, t[1], now)))
 
 
-def sde_mean(x, v, t, dt, sigma):
+def step_std(dt, sigma, sde="flow"):
+    """The standard deviation of a step's noise. dt, sigma: [B] -> [B]"""
+    return sigma if sde == "cps" else sigma * torch.sqrt(-dt)
+
+
+def sde_mean(x, v, t, dt, sigma, sde="flow"):
     """Where a step of the SDE goes on average. x, v: [B, ...]; t, dt, sigma: [B], dt < 0 -> [B, ...]
 
-    Equation 9, without its noise. To keep the marginals of the ODE dx = v dt, the noise is balanced by a drift
+    flow: equation 9, without its noise. To keep the marginals of the ODE dx = v dt, the noise is balanced by a drift
     towards more likely x: along the score, which is -(x + (1-t) v) / t (equation 27).
+    cps: x_t consists of data and noise; mix the two anew for t + dt, with only so much of the old noise that the new
+    noise fills it up to t + dt. So the total noise is right at every step, however large the step.
     """
     x, v = x.float(), v.float()
     t, dt, sigma = (a.view(-1, *[1] * (x.ndim - 1)) for a in (t, dt, sigma))  # [B, 1, ...]
+    if sde == "cps":
+        data, noise, later = x - t * v, x + (1 - t) * v, t + dt
+        return (1 - later) * data + torch.sqrt(later**2 - sigma**2) * noise
     return x + (v + sigma**2 / (2 * t) * (x + (1 - t) * v)) * dt
 
 
-def sde_step(x, v, t, dt, sigma, noise=None, x_next=None):
+def sde_step(x, v, t, dt, sigma, sde="flow", noise=None, x_next=None):
     """One step of the SDE: the policy. Arguments as sde_mean -> x_next [B, ...], log_prob [B], mean [B, ...]
 
     Draws x_next with the given standard normal noise [B, ...]; or, where x_next is given, only computes its
     log-probability, so that old and new log-probabilities come from the same lines.
     """
-    mean = sde_mean(x, v, t, dt, sigma)
-    std = (sigma * torch.sqrt(-dt)).view(-1, *[1] * (x.ndim - 1))  # [B, 1, ...]
+    mean = sde_mean(x, v, t, dt, sigma, sde)
+    std = step_std(dt, sigma, sde).view(-1, *[1] * (x.ndim - 1))  # [B, 1, ...]
     if x_next is None:
         x_next = mean + std * noise
+    # For cps the official code leaves out all but -(x_next - mean)^2; here it is the same density for both.
     log_density = -((x_next - mean) / std) ** 2 / 2 - torch.log(std) - math.log(2 * math.pi) / 2
     # PAPER/CODE: a log-density is a sum over the dimensions; the code averages. A ratio of sums would overflow with
     # 10^5 dimensions. With averages it stays within thousandths of 1, and so the clip range is that small.
@@ -211,7 +280,7 @@ def gaussian_kl(mean, mean_ref, sigma):
     """KL between two SDE steps that differ in their means. mean, mean_ref: [B, ...]; sigma: [B] -> [B]
 
     PAPER/CODE: the paper prints the variance sigma^2 |dt|; the code leaves out dt and averages over the dimensions.
-    The paper's beta = 0.04 belongs to the code's form.
+    The paper's beta = 0.04 belongs to the code's form. (For cps sigma is the std, and this is the KL itself.)
     """
     return ((mean - mean_ref) ** 2).flatten(1).mean(1) / (2 * sigma**2)
 
@@ -229,11 +298,20 @@ def group_advantages(rewards, std_over="batch"):
     return (centred / (std + 1e-4)).clamp(-5, 5).float()
 
 
-def clipped_loss(log_prob, log_prob_old, advantages, clip_range):
-    """The policy part of equation 5, to be minimised. All [B] -> loss [B], ratio [B]"""
-    ratio = torch.exp(log_prob - log_prob_old)
+def clipped_loss(log_ratio, advantages, clip_range):
+    """The policy part of equation 5, to be minimised. log_ratio: log_prob - log_prob_old. All [B] -> loss [B], ratio [B]"""
+    ratio = torch.exp(log_ratio)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages), ratio
+
+
+def guarded(log_ratio, mean, mean_old, std):
+    """GRPO-Guard's ratio (equations of arXiv 2510.22319). log_ratio, std: [B]; mean, mean_old: [B, ...] -> [B]
+
+    A log-ratio is on average -(mean - mean_old)^2 / (2 std^2), so ratios lie below 1 and hardly ever reach the upper
+    clip; and it grows as std shrinks from step to step. So: add that average, and multiply by std.
+    """
+    return (log_ratio + ((mean - mean_old) ** 2).flatten(1).mean(1) / (2 * std**2)) * std
 
 
 # -------------------------------------------------------------------------------------------------- 3. model
@@ -241,7 +319,7 @@ def clipped_loss(log_prob, log_prob_old, advantages, clip_range):
 
 @dataclass
 class Model:
-    pipe: object                      # a StableDiffusion3Pipeline with a LoRA on its transformer
+    pipe: object                      # a StableDiffusion3Pipeline or FluxPipeline with a LoRA on its transformer
     params: list                      # the LoRA's parameters: all that is trained, in float32
     optimizer: torch.optim.Optimizer
     ema: list                         # moving averages of params
@@ -253,11 +331,15 @@ class Model:
         return self.pipe.transformer.device
 
 
+def is_flux(part):
+    """Pipeline or transformer -> whether it is of FLUX's family; else it is of SD3's."""
+    return "Flux" in type(part).__name__
+
+
 def load_model(config):
-    """A pipeline with a fresh LoRA on its transformer; the toy and SD3.5 take the same path."""
+    """A pipeline with a fresh LoRA on its transformer; the toy, SD3.5 and FLUX take the same path."""
     import diffusers
     import transformers
-    from peft import LoraConfig
     for library in (diffusers, transformers):  # they warn of the toy's unusual VAE, and draw bars for reading 5 MB
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -265,35 +347,64 @@ def load_model(config):
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     source = Path(__file__).with_name("toy") if config.model == "toy" else config.model
     try:  # the VAE stays float32: a reward would see its rounding
-        pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(source, dtype={"vae": torch.float32, "default": dtype})
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype={"vae": torch.float32, "default": dtype})
     except (OSError, ValueError) as error:
         stop(f"--model {config.model}: cannot be loaded ({str(error).strip().splitlines()[0]}); is the name right, the "
              "licence accepted and the hub reachable?")
-    multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
+    if not isinstance(pipe, (diffusers.StableDiffusion3Pipeline, diffusers.FluxPipeline)):
+        stop(f"--model {config.model}: is a {type(pipe).__name__}; choose a StableDiffusion3Pipeline or a FluxPipeline")
+    multiple = 2 * pipe.vae_scale_factor  # a token of the transformer is 2x2 latents
     if config.resolution % multiple:
         stop(f"--resolution {config.resolution}: must be a multiple of {multiple}")
-    for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
-        module.requires_grad_(False).to(device)
-    torch.manual_seed(config.seed)  # for the LoRA's first values
-    pipe.transformer.add_adapter(LoraConfig(  # the official code's eight projections, in each block's joint attention
-        r=config.lora_rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian", target_modules=[
-            "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-            "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]))
-    params = [p for p in pipe.transformer.parameters() if p.requires_grad]
-    for p in params:
-        p.data = p.data.float()
+    for module in (pipe.transformer, pipe.vae, *text_encoders(pipe)):
+        module.requires_grad_(False)
+    torch.manual_seed(config.seed)  # for the LoRA's first values, drawn on the CPU: the same on every device
+    params = add_lora(pipe.transformer, config)
+    for module in (pipe.transformer, pipe.vae, *([] if config.offload else text_encoders(pipe))):
+        module.to(device)
+    if config.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
     # AdamW's constants are the official config's.
     optimizer = torch.optim.AdamW(params, config.learning_rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
     return Model(pipe, params, optimizer, [p.detach().clone() for p in params], encode(pipe, config, [""]))
 
 
+def add_lora(transformer, config):
+    """Adds the LoRA, on the same layers as the official code -> its parameters, in float32"""
+    from peft import LoraConfig
+    layers = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",  # of the image's tokens in each block's joint attention,
+              "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]  # and of the text's
+    if is_flux(transformer):
+        layers += ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    transformer.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian",
+                                       target_modules=layers))
+    params = [p for p in transformer.parameters() if p.requires_grad]
+    for p in params:
+        p.data = p.data.float()
+    return params
+
+
+def text_encoders(pipe):
+    return [getattr(pipe, name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if getattr(pipe, name, None)]
+
+
 @torch.no_grad()
 def encode(pipe, config, prompts):
-    """Prompts -> their condition: embeds [B, L, D], pooled [B, P]"""
-    parts = [pipe.encode_prompt(prompts[i:i + config.batch_size], None, None, device=pipe.transformer.device,
-                                do_classifier_free_guidance=False, max_sequence_length=config.max_sequence_length)
-             for i in range(0, len(prompts), config.batch_size)]
-    return [torch.cat([part[k] for part in parts]) for k in (0, 2)]  # 1 and 3 would be the negative prompt's
+    """Prompts -> their condition: embeds [B, L, D], pooled [B, P], in the CPU's memory"""
+    device, parts = pipe.transformer.device, []
+    for module in text_encoders(pipe):
+        module.to(device)
+    for i in range(0, len(prompts), config.batch_size):
+        micro, length = prompts[i:i + config.batch_size], config.max_sequence_length
+        if is_flux(pipe):
+            embeds, pooled, _ = pipe.encode_prompt(micro, None, device=device, max_sequence_length=length)
+        else:  # the two that are left out would be the negative prompt's
+            embeds, _, pooled, _ = pipe.encode_prompt(micro, None, None, device=device, do_classifier_free_guidance=False,
+                                                      max_sequence_length=length)
+        parts.append((embeds.cpu(), pooled.cpu()))
+    for module in text_encoders(pipe) if config.offload else ():
+        module.cpu()
+    return [torch.cat(part) for part in zip(*parts)]
 
 
 def velocity(model, config, x, t, condition):
@@ -302,20 +413,53 @@ def velocity(model, config, x, t, condition):
     Sampling and training both come through here: the same guidance in both, and gradients through both of its
     branches. Otherwise the ratio would compare two different policies.
     """
-    embeds, pooled = condition
-    guided = config.guidance != 1
+    embeds, pooled = (c.to(x.device) for c in condition)
+    guided = config.guidance != 1 and not is_flux(model.pipe)  # FLUX has learned to guide itself
     if guided:
         x, t = torch.cat([x, x]), torch.cat([t, t])  # [2B, C, H, W], [2B]
-        embeds, pooled = (torch.cat([c, e.expand_as(c)]) for c, e in zip(condition, model.empty))
+        embeds, pooled = (torch.cat([c, e.to(x.device).expand_as(c)]) for c, e in zip((embeds, pooled), model.empty))
     # Autocast's cache would keep the LoRA's half-precision copies; copies made under no_grad carry no gradient into
     # a later pass. So: no cache.
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False):
-        v = model.pipe.transformer(hidden_states=x.to(embeds.dtype), timestep=1000 * t, encoder_hidden_states=embeds,
-                                   pooled_projections=pooled, return_dict=False)[0].float()
+        inputs = dict(hidden_states=x.to(embeds.dtype), timestep=1000 * t, encoder_hidden_states=embeds,
+                      pooled_projections=pooled, return_dict=False)
+        network = flux_network if is_flux(model.pipe) else sd3_network
+        v = network(model.pipe, config, **inputs).float()
     if guided:
         v, v_empty = v.chunk(2)
         v = v_empty + config.guidance * (v - v_empty)
     return v
+
+
+def sd3_network(pipe, config, **inputs):
+    return pipe.transformer(**inputs)[0]
+
+
+def flux_network(pipe, config, hidden_states, timestep, encoder_hidden_states, **inputs):
+    """FLUX wants the latents packed, [B, H/2 * W/2, 4C], their places, t up to 1 instead of 1000, and its guidance."""
+    B, C, H, W = hidden_states.shape
+    places = dict(img_ids=pipe._prepare_latent_image_ids(B, H // 2, W // 2, timestep.device, encoder_hidden_states.dtype),
+                  txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3, device=timestep.device))
+    if pipe.transformer.config.guidance_embeds:
+        places["guidance"] = torch.full([B], config.guidance, device=timestep.device)
+    v = pipe.transformer(hidden_states=pipe._pack_latents(hidden_states, B, C, H, W), timestep=timestep / 1000,
+                         encoder_hidden_states=encoder_hidden_states, **places, **inputs)[0]
+    scale = pipe.vae_scale_factor
+    return pipe._unpack_latents(v, H * scale, W * scale, scale)
+
+
+def time_grid(pipe, config, T):
+    """The scheduler's own grid [T+1] from 1 to 0: denser near 1, as each model wants it."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+    options, settings = dict(num_inference_steps=T), pipe.scheduler.config
+    if is_flux(pipe):
+        options = dict(sigmas=np.linspace(1, 1 / T, T))
+    if settings.get("use_dynamic_shifting"):  # the more tokens an image has, the nearer to 1
+        tokens = (config.resolution // pipe.vae_scale_factor // 2) ** 2
+        limits = [settings[key] for key in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")]
+        options["mu"] = calculate_shift(tokens, *limits)
+    pipe.scheduler.set_timesteps(device=pipe.transformer.device, **options)
+    return pipe.scheduler.sigmas.float()
 
 
 @torch.no_grad()
@@ -331,12 +475,15 @@ def decode(pipe, latents):
 @dataclass
 class Rollout:
     images: list                # B PIL images
+    prompts: list               # the distinct prompts
     condition: list             # of the distinct prompts: embeds, pooled
     prompt_index: torch.Tensor  # [B] each image's place among the distinct prompts
     t: torch.Tensor             # [T+1] the time grid
     sigma: torch.Tensor         # [T]
     sde_steps: range            # K successive steps
-    latents: torch.Tensor       # [B, K+1, C, H, W] before the first SDE step and after each; None if K is 0
+    # Of those steps, in the CPU's memory, so that an epoch may be larger than the GPU; None if K is 0:
+    latents: torch.Tensor       # [B, K+1, C, H, W] before the first and after each
+    means: torch.Tensor         # [B, K, C, H, W] with --guard
     log_prob: torch.Tensor      # [B, K]
 
 
@@ -353,103 +500,122 @@ def choose_sde_steps(config, rng):
 
 
 @torch.no_grad()
-def rollout(model, config, prompts, seeds, T, sde_steps):
+def rollout(model, config, prompts, seeds, T, sde_steps, on_images=lambda images, where: None):
     """Draw an image for each prompt and seed in T steps: SDE in `sde_steps`, ODE in the others.
 
     Each image has its own generator: it does not depend on the others in its batch. The first draw is the initial
-    noise, so a stock float32 pipeline given a CPU generator with that seed starts from the same point.
+    noise, so a stock float32 pipeline given a CPU generator with that seed starts from the same point. on_images is
+    called with each finished micro-batch and its slice. Raises FloatingPointError when latents are not finite.
     """
     pipe, device = model.pipe, model.device
-    pipe.scheduler.set_timesteps(T, device=device)
-    t = pipe.scheduler.sigmas.float()  # already shifted as the model wants it
-    sigma, dt = sde_noise(t, config.noise_level), t.diff()
+    t = time_grid(pipe, config, T)
+    sigma, dt = sde_noise(t, config.noise_level, config.sde), t.diff()
     distinct = list(dict.fromkeys(prompts))
     condition = encode(pipe, config, distinct)
-    prompt_index = torch.tensor([distinct.index(p) for p in prompts], device=device)
+    prompt_index = torch.tensor([distinct.index(p) for p in prompts])
     side = config.resolution // pipe.vae_scale_factor
-    shape = (pipe.transformer.config.in_channels, side, side)
+    shape = (pipe.vae.config.latent_channels, side, side)
     normal = lambda generators: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-    images, latents, log_probs = [], [], []
+    images, records = [], []
     starts = range(0, len(prompts), config.batch_size)
-    with tqdm(total=len(starts) * T, desc="sampling", unit="step", leave=False) as bar:
+    with tqdm(total=len(starts) * T, desc="sampling", unit="step", leave=False, disable=RANK > 0) as bar:
         for start in starts:
             micro = slice(start, start + config.batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[micro]]
             x = normal(generators)  # [b, C, H, W]
-            path, path_log_prob = [x], []
+            path, means, log_probs = [], [], []
             for i in range(T):
-                now = t[i].expand(len(x))
+                now, step, s = (a.expand(len(x)) for a in (t[i], dt[i], sigma[i]))
                 v = velocity(model, config, x, now, [c[prompt_index[micro]] for c in condition])
                 if i in sde_steps:
-                    path = path if path_log_prob else [x]
-                    x, log_prob, _ = sde_step(x, v, now, dt[i].expand(len(x)), sigma[i].expand(len(x)), normal(generators))
-                    path.append(x)
-                    path_log_prob.append(log_prob)
+                    path = path or [x.cpu()]
+                    x, log_prob, mean = sde_step(x, v, now, step, s, config.sde, noise=normal(generators))
+                    path.append(x.cpu())
+                    means += [mean.cpu()] if config.guard else []
+                    log_probs.append(log_prob.cpu())
                 else:
-                    x = x + v * dt[i]
+                    x = x + v * step.view(-1, 1, 1, 1)
+                for image, finite in enumerate(x.isfinite().flatten(1).all(1).tolist()):
+                    if not finite:
+                        raise FloatingPointError(f"the latents of {prompts[start + image]!r} are not finite after step {i}")
                 bar.update()
             images += decode(pipe, x)
-            if sde_steps:
-                latents.append(torch.stack(path, 1))  # [b, K+1, C, H, W]
-                log_probs.append(torch.stack(path_log_prob, 1))  # [b, K]
-    return Rollout(images, condition, prompt_index, t, sigma, sde_steps,
-                   torch.cat(latents) if latents else None, torch.cat(log_probs) if latents else None)
+            on_images(images[micro], micro)
+            records.append([torch.stack(part, 1) if part else None for part in (path, means, log_probs)])
+    record = [torch.cat(part) if part[0] is not None else None for part in zip(*records)]
+    return Rollout(images, distinct, condition, prompt_index, t, sigma, sde_steps, *record)
 
 
 # ------------------------------------------------------------------------------------------------- 5. update
 
 
 def update(model, config, drawn, advantages, rng):
-    """The epoch's optimizer steps, each on its share of the images. drawn: Rollout, advantages: [B] -> metrics"""
-    K, dt = len(drawn.sde_steps), drawn.t.diff()
-    order = rng.sample(range(len(advantages)), len(advantages))
-    share = len(order) // config.updates
-    rows, grad_norms = [], []
+    """The epoch's optimizer steps, each on an equal part of every group's images -> metrics
+
+    drawn, advantages [B]: this process's whole groups. rng: the same on every process. Raises FloatingPointError when
+    loss or gradient are not finite, before the weights change.
+    """
+    size, K, device = config.group_size, len(drawn.sde_steps), model.device
+    share, grid, rows, grad_norms = size // config.updates, (drawn.t, drawn.t.diff(), drawn.sigma), [], []
+    members = my_part([rng.sample(range(size), size) for _ in range(config.groups)])
     for k in range(config.updates):
-        pairs = [(image, step) for image in order[k * share:(k + 1) * share] for step in range(K)]
+        pairs = [(g * size + image, step) for g, order in enumerate(members)
+                 for image in order[k * share:(k + 1) * share] for step in range(K)]
         if not config.beta:
             # Without advantage there is no policy gradient, and without a KL nothing else to compute. Such pairs only
             # fill the last micro-batch: in another size it would take other kernels, and round differently.
             pairs.sort(key=lambda pair: advantages[pair[0]].item() == 0)
-            signal = sum(advantages[image].item() != 0 for image, _ in pairs)
-            pairs = pairs[:math.ceil(signal / config.batch_size) * config.batch_size]
+            signal_pairs = sum(advantages[image].item() != 0 for image, _ in pairs)
+            pairs = pairs[:math.ceil(signal_pairs / config.batch_size) * config.batch_size]
         for start in range(0, len(pairs), config.batch_size):
-            image, step = torch.tensor(pairs[start:start + config.batch_size], device=model.device).T  # [b], [b]
-            i, condition = drawn.sde_steps.start + step, [c[drawn.prompt_index[image]] for c in drawn.condition]
-            x, t, sigma = drawn.latents[image, step], drawn.t[i], drawn.sigma[i]
+            image, step = torch.tensor(pairs[start:start + config.batch_size]).T  # [b], [b]
+            x, x_next, log_prob_old, A = (a.to(device) for a in (
+                drawn.latents[image, step], drawn.latents[image, step + 1], drawn.log_prob[image, step], advantages[image]))
+            t, dt, sigma = (a[(drawn.sde_steps.start + step).to(device)] for a in grid)
+            condition = [c[drawn.prompt_index[image]] for c in drawn.condition]
             v = velocity(model, config, x, t, condition)
-            _, log_prob, mean = sde_step(x, v, t, dt[i], sigma, x_next=drawn.latents[image, step + 1])
-            policy_loss, ratio = clipped_loss(log_prob, drawn.log_prob[image, step], advantages[image], config.clip_range)
-            if k == 0:
-                check_ratio(ratio.detach(), config)
-            loss, row = policy_loss, dict(policy_loss=policy_loss.detach(), ratio=ratio.detach())
+            _, log_prob, mean = sde_step(x, v, t, dt, sigma, config.sde, x_next=x_next)
+            log_ratio = log_prob - log_prob_old
+            if config.guard:
+                log_ratio = guarded(log_ratio, mean, drawn.means[image, step].to(device), step_std(dt, sigma, config.sde))
+            loss, ratio = clipped_loss(log_ratio, A, config.clip_range)
+            row = dict(policy_loss=loss.detach(), ratio=ratio.detach())
+            if config.guard:
+                loss = loss / -dt  # all steps alike, as their ratios now are
             if config.beta or start == 0:  # without the penalty it is still measured, on one micro-batch an update
                 model.pipe.transformer.disable_adapters()  # the reference is the same model without its LoRA
                 with torch.no_grad():
                     v_ref = velocity(model, config, x, t, condition)
                 model.pipe.transformer.enable_adapters()
-                kl = gaussian_kl(mean, sde_mean(x, v_ref, t, dt[i], sigma), sigma)
+                kl = gaussian_kl(mean, sde_mean(x, v_ref, t, dt, sigma, config.sde), sigma)
                 loss, row["kl"] = loss + config.beta * kl, kl.detach()
-            (loss.sum() / (share * K)).backward()  # equation 5: the mean over images and steps
-            rows.append(row)
+            for j in (~loss.isfinite()).nonzero().flatten().tolist()[:1]:
+                raise FloatingPointError(f"the loss of {drawn.prompts[drawn.prompt_index[image[j]]]!r} at step "
+                                         f"{drawn.sde_steps.start + step[j]} is {loss[j]} in update {k + 1}")
+            if k == 0:
+                check_ratio(row["ratio"], config)
+            (loss.sum() / (config.groups * share * K)).backward()  # equation 5: the mean over images and steps
+            rows.append({key: value.tolist() for key, value in row.items()})
+        sum_gradients(model.params)
         grad_norms.append(torch.nn.utils.clip_grad_norm_(model.params, 1.0).item())  # 1.0: the official config
         if not math.isfinite(grad_norms[-1]):
-            stop(f"the gradient of the epoch's update {k + 1} is {grad_norms[-1]}; the last checkpoint is from before it")
+            raise FloatingPointError(f"the gradient is {grad_norms[-1]} in update {k + 1}")
         model.optimizer.step()
         model.optimizer.zero_grad()
         model.updates += 1
         ema_step(model, config)
-    join = lambda key: torch.cat([row[key] for row in rows if key in row] or [torch.tensor([math.nan])]).cpu()
+    rows = gather(rows)
+    join = lambda key: np.array([value for row in rows for value in row.get(key, ())] or [math.nan])
     ratio = join("ratio")
     return dict(policy_loss=join("policy_loss").mean(), kl=join("kl").mean(), ratio=ratio.mean(),
-                ratio_deviation=(ratio - 1).abs().max(), clip_low=(ratio < 1 - config.clip_range).float().mean(),
-                clip_high=(ratio > 1 + config.clip_range).float().mean(), grad_norm=sum(grad_norms) / len(grad_norms))
+                ratio_deviation=np.abs(ratio - 1).max(), clip_low=np.mean(ratio < 1 - config.clip_range),
+                clip_high=np.mean(ratio > 1 + config.clip_range), grad_norm=np.mean(grad_norms))
 
 
 def check_ratio(ratio, config):
     """Before the first optimizer step the policy is still the one that sampled, so each ratio is 1 up to rounding."""
-    deviation, rounding = (ratio - 1).abs().max().item(), 1e-4 if config.precision == "fp32" else config.clip_range
+    deviation, rounding = (ratio - 1).abs().max().item(), 1e-4 if config.precision == "fp32" else 1e-3
     if not deviation <= rounding:
         stop(f"the ratio is off by {deviation:.2g} before the first update, where it must be 1: sampling and training "
              "do not compute the same log-probability (precision, guidance, dropout, or a changed rollout)")
@@ -478,35 +644,44 @@ def evaluate(model, config, scorer, test, folder, epoch):
     Image j of test prompt i has the seed i * eval_per_prompt + j. Accuracy is the share of images whose (first)
     reward is 1, the most that OCR and GenEval give: the whole word was read, every object is as asked.
     """
-    rows = [row for row in test[:config.eval_prompts or None] for _ in range(config.eval_per_prompt)]
-    prompts, metadata = zip(*rows)
+    per_prompt = config.eval_per_prompt
+    mine = my_part(list(enumerate(test[:config.eval_prompts or None])))
+    rows = [(prompt, row, i * per_prompt + j) for i, (prompt, row) in mine for j in range(per_prompt)]
+    prompts, metadata, seeds = zip(*rows)
     swap_ema(model)
-    images = rollout(model, config, prompts, range(len(rows)), config.eval_steps, range(0)).images
+    images = rollout(model, config, prompts, seeds, config.eval_steps, range(0)).images
     swap_ema(model)
-    scores = scorer(images, prompts, metadata)
-    right = np.array(next(iter(scores.values()))) >= 1
-    metrics = dict(eval_reward=np.mean(scores["reward"]), eval_accuracy=right.mean(),
-                   eval_diversity=diversity(images, config.eval_per_prompt))
-    tags = np.array([m.get("tag", "") for m in metadata])  # GenEval's tasks
+    scores = {name: np.array(gather(values)) for name, values in scorer(images, prompts, metadata, held_out=True).items()}
+    total, right = scores.pop("reward"), next(iter(scores.values())) >= 1
+    metrics = dict(eval_reward=total.mean(), eval_accuracy=right.mean(),
+                   eval_diversity=np.mean(gather(distances(images, per_prompt)) or [math.nan]))
+    if len(scores) > 1:
+        metrics |= {f"eval_reward/{name}": values.mean() for name, values in scores.items()}
+    tags = np.array(gather([row.get("tag", "") for row in metadata]))  # GenEval's tasks
     metrics |= {f"eval_accuracy/{tag}": right[tags == tag].mean() for tag in sorted(set(tags) - {""})}
-    draw_grid(images, prompts, scores["reward"], config.eval_per_prompt, folder / f"samples/{epoch:04d}.png")
+    shown = gather(list(zip(images, prompts))[::per_prompt][:GRID[0] * GRID[1]])
+    if RANK == 0:
+        draw_grid(shown, total[::per_prompt], folder / f"samples/{epoch:04d}.png")
     return metrics
 
 
-def diversity(images, per_prompt):
-    """Mean distance between two images of the same prompt: the root mean square of pixel differences, 0 to 1."""
+def distances(images, per_prompt):
+    """Between any two images of the same prompt: the root mean square of pixel differences, 0 to 1."""
     def distance(a, b):
         return np.sqrt(np.mean((np.asarray(a, np.float32) - np.asarray(b, np.float32)) ** 2)) / 255
     groups = [images[i:i + per_prompt] for i in range(0, len(images), per_prompt)]
-    distances = [distance(a, b) for group in groups for k, a in enumerate(group) for b in group[:k]]
-    return np.mean(distances) if distances else math.nan
+    return [distance(a, b) for group in groups for k, a in enumerate(group) for b in group[:k]]
 
 
-def draw_grid(images, prompts, scores, per_prompt, path, columns=8, rows=4, cell=150):
-    """The first prompts' first images, each over its prompt and score."""
+GRID = 8, 4  # columns, rows
+
+
+def draw_grid(shown, scores, path, cell=150):
+    """The first prompts' first images, each over its prompt and score. shown: [(image, prompt)]"""
+    columns, rows = GRID
     grid = Image.new("RGB", (columns * cell, rows * (cell + 28)), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
-    for k, (image, prompt, score) in enumerate(list(zip(images, prompts, scores))[::per_prompt][:columns * rows]):
+    for k, ((image, prompt), score) in enumerate(list(zip(shown, scores))[:columns * rows]):
         x, y = k % columns * cell, k // columns * (cell + 28)
         grid.paste(image.resize((cell - 6, cell - 6), Image.LANCZOS), (x + 3, y))
         text = prompt if len(prompt) < 27 else prompt[:24] + "..."
@@ -599,16 +774,20 @@ def load(model, folder):
     path = folder / "checkpoint/state.safetensors"
     if not path.exists():
         return 0
-    with safe_open(path, "pt") as file:
-        for key in file.keys():
-            kind, i, *rest = key.split(".")
-            p, value = model.params[int(i)], file.get_tensor(key)
-            if kind == "optimizer":
-                model.optimizer.state[p][rest[0]] = value if rest[0] == "step" else value.to(p.device)
-            else:
-                (p.data if kind == "lora" else model.ema[int(i)]).copy_(value)
-        model.updates = int(file.metadata()["updates"])
-        return int(file.metadata()["epoch"])
+    try:
+        with safe_open(path, "pt") as file:
+            for i, p in enumerate(model.params):
+                p.data.copy_(file.get_tensor(f"lora.{i}"))
+                model.ema[i].copy_(file.get_tensor(f"ema.{i}"))
+            for key in file.keys():
+                kind, i, *rest = key.split(".")
+                if kind == "optimizer":
+                    value, p = file.get_tensor(key), model.params[int(i)]
+                    model.optimizer.state[p][rest[0]] = value if rest[0] == "step" else value.to(p.device)
+            model.updates = int(file.metadata()["updates"])
+            return int(file.metadata()["epoch"])
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, IndexError) as error:
+        stop(f"{path}: is damaged or not of this run ({str(error).splitlines()[0]}); to begin again at epoch 0 delete it")
 
 
 def load_prompts(config, split):
@@ -638,21 +817,26 @@ def redness(images, prompts, metadata):
 
 
 def train_epoch(model, config, scorer, train_set, epoch):
-    """Sample, score, update -> metrics. All of an epoch's randomness comes from (seed, epoch)."""
+    """Sample, score, update -> metrics. All of an epoch's randomness comes from (seed, epoch), on all processes alike."""
     rng, clock = random.Random(f"{config.seed}/{epoch}"), [time.time()]
     repeats = math.ceil(config.groups / len(train_set))  # more than 1 only for a dataset smaller than one epoch
     chosen = rng.sample(train_set * repeats, config.groups)
-    prompts, metadata = zip(*[row for row in chosen for _ in range(config.group_size)])
-    seeds = [rng.getrandbits(60) for _ in prompts]  # members of a group differ from their first noise on
-    drawn = rollout(model, config, prompts, seeds, config.train_steps, choose_sde_steps(config, rng))
-    clock.append(time.time())
-
-    scores = scorer(drawn.images, prompts, metadata)
+    # Members of a group differ from their first noise on.
+    samples = [(*row, rng.getrandbits(60)) for row in chosen for _ in range(config.group_size)]
+    sde_steps = choose_sde_steps(config, rng)
+    prompts, metadata, seeds = zip(*my_part(samples))
+    with ThreadPoolExecutor(1) as pool:  # rewards are computed while the next images are drawn
+        parts = []
+        drawn = rollout(model, config, prompts, seeds, config.train_steps, sde_steps, lambda images, micro: parts.append(
+            pool.submit(scorer, images, prompts[micro], metadata[micro])))
+        clock.append(time.time())
+        parts = [part.result() for part in parts]
+    scores = {name: gather([value for part in parts for value in part[name]]) for name in parts[0]}
     rewards = torch.tensor(scores["reward"]).view(config.groups, config.group_size)
     advantages = group_advantages(rewards, config.std_over)
     clock.append(time.time())
 
-    metrics = update(model, config, drawn, advantages.flatten().to(model.device), rng)
+    metrics = update(model, config, drawn, my_part(advantages).flatten(), rng)
     clock.append(time.time())
     metrics |= dict(reward=rewards.mean(), reward_std=rewards.std(), group_std=rewards.std(1).mean(),
                     no_signal=(rewards.amax(1) == rewards.amin(1)).float().mean())
@@ -662,44 +846,105 @@ def train_epoch(model, config, scorer, train_set, epoch):
                       in zip(("sampling", "reward", "update"), clock, clock[1:])}
 
 
+def describe(model, config):
+    """What follows from the options, and what it will take."""
+    c, K = config, len(choose_sde_steps(config, random.Random(0)))
+    images = c.groups * c.group_size
+    pairs = images // c.updates * K // WORLD
+    lora = sum(p.numel() for p in model.params)
+    lines = [f"{c.groups} groups x {c.group_size} = {images} images an epoch on {WORLD} process{'es' * (WORLD > 1)} ({model.device})",
+             f"{K} of {c.train_steps} steps trained, {c.updates} updates an epoch, each of {images // c.updates} images x {K} "
+             f"steps in {math.ceil(pairs / c.batch_size)} micro-batches of {c.batch_size} (a process)",
+             f"LoRA on {len(model.params)} tensors with {lora:,} parameters",
+             f"memory of a GPU: about {memory(model, config) / 1e9:.1f} GB, and what the reward's own models take"]
+    return "\n".join(lines)
+
+
+def memory(model, config):
+    """Bytes, roughly: the weights; 20 for each LoRA parameter (itself, gradient, two of AdamW, average); and what
+    the update keeps for its backward pass, or an encoding of the prompts, whichever is more.
+
+    The network keeps about 25 numbers for each token, channel and layer (measured on SD3.5-Medium's blocks, without
+    the attention matrices, which a fused kernel does not keep), and with checkpointing 2 and one layer's 25.
+    """
+    size = lambda modules: sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    pipe, net = model.pipe, model.pipe.transformer.config
+    channels = net.num_attention_heads * net.attention_head_dim
+    layers = net.num_layers + (net.get("num_single_layers") or 0)
+    tokens = (config.resolution // pipe.vae_scale_factor // 2) ** 2 + model.empty[0].shape[1]
+    branches = 2 if config.guidance != 1 and not is_flux(pipe) else 1
+    kept = 2 * layers + 25 if config.gradient_checkpointing else 25 * layers
+    activations = kept * tokens * channels * config.batch_size * branches * (2 if config.precision == "bf16" else 4)
+    encoders = size(text_encoders(pipe))
+    resident = size([pipe.transformer, pipe.vae]) + 16 * sum(p.numel() for p in model.params)
+    return resident + (max(encoders, activations) if config.offload else encoders + activations)
+
+
 def train(config):
-    folder = run_folder(config)
-    config.name = folder.name
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     train_set, test_set = load_prompts(config, "train"), load_prompts(config, "test")
-    rewards = reward_library.load(config.reward)
-    scorer = lambda images, prompts, metadata: reward_library.score(rewards, images, prompts, metadata)
-    scorer([Image.new("RGB", (64, 64))] * 2, *zip(train_set[0], test_set[0]))  # what does not fit fails here, not later
+    if len(test_set) < WORLD:
+        stop(f"--dataset: {len(test_set)} test prompts are too few for {WORLD} processes")
+    rewards, held_out_rewards = (reward_library.load(spec) if spec else {} for spec in (config.reward, config.eval_reward))
+
+    def scorer(images, prompts, metadata, held_out=False):
+        scores = reward_library.score(rewards, images, prompts, metadata)
+        more = reward_library.score(held_out_rewards, images, prompts, metadata) if held_out and held_out_rewards else {}
+        return scores | {name: values for name, values in more.items() if name != "reward"}
+
+    scorer([Image.new("RGB", (64, 64))] * 2, *zip(train_set[0], test_set[0]), held_out=True)  # a misfit shows here, not later
+    if WORLD > 1:
+        dist.init_process_group()
+    folder = gather([run_folder(config) if RANK == 0 else None])[0]
+    config.name = folder.name
     model = load_model(config)
     start = load(model, folder) if config.resume else 0
     if start > config.epochs:
         stop(f"--epochs {config.epochs}: the run to resume is already at {start}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "config.json", json.dumps(asdict(config) | {"resume": False}, indent=1))
     rows = read_metrics(folder)  # those after the checkpoint are drawn again, but for an evaluation of just that model
     known = {k: v for row in rows if row["epoch"] == start for k, v in row.items() if k.startswith("eval")}
     rows = [row for row in rows if row["epoch"] < start]
-    trained = len(choose_sde_steps(config, random.Random(0)))
-    print(f"{folder}: {config.groups} groups x {config.group_size} = {config.groups * config.group_size} images an epoch, "
-          f"{trained} of {config.train_steps} steps trained, {config.updates} updates; "
-          f"LoRA of {sum(p.numel() for p in model.params):,} parameters on {model.device}")
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        free, needed = shutil.disk_usage(folder).free, 40 * sum(p.numel() for p in model.params) + 10**7
+        if free < needed:
+            stop(f"--name {config.name}: {folder} has {free / 1e6:.0f} MB left, and checkpoints need {needed / 1e6:.0f} MB")
+        write(folder / "config.json", json.dumps(asdict(config) | {"resume": False}, indent=1))
+        print(f"{folder}\n{describe(model, config)}")
 
-    with tqdm(initial=start, total=config.epochs, unit="epoch") as bar:
-        for epoch in range(start, config.epochs + 1):
-            row, last = {"epoch": epoch}, epoch == config.epochs
-            if last or epoch % config.eval_every == 0 or known:
-                row |= known or evaluate(model, config, scorer, test_set, folder, epoch)
-                known = {}
-                bar.write(", ".join(f"{key} {value:.3g}" for key, value in row.items()))
-            if not last:
-                row |= train_epoch(model, config, scorer, train_set, epoch)
-                bar.set_postfix_str("reward {reward:.3f}, kl {kl:.2g}, clipped {clip_low:.0%} {clip_high:.0%}".format(**row))
-                bar.update()
-            rows.append({key: float(value) for key, value in row.items() if math.isfinite(value)} | {"epoch": epoch})
-            write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            if last or (epoch + 1) % config.save_every == 0:
-                save(model, folder, min(epoch + 1, config.epochs))
-    draw_results(folder, config.epochs)
-    print(f"look at {folder / 'before_after.png'} and {folder / 'curve.png'}")
+    # Ctrl-C ends the run after the epoch, with a checkpoint; a second Ctrl-C at once.
+    asked = []
+    before = signal.signal(signal.SIGINT, lambda *_: (asked.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    try:
+        with tqdm(initial=start, total=config.epochs, unit="epoch", disable=RANK > 0) as bar:
+            for epoch in range(start, config.epochs + 1):
+                row, last = {"epoch": epoch}, epoch == config.epochs
+                if last or epoch % config.eval_every == 0 or known:
+                    row |= known or evaluate(model, config, scorer, test_set, folder, epoch)
+                    known = {}
+                    bar.write(", ".join(f"{key} {value:.3g}" for key, value in row.items()))
+                if not last:
+                    row |= train_epoch(model, config, scorer, train_set, epoch)
+                    bar.set_postfix_str("reward {reward:.3f}, kl {kl:.2g}, clipped {clip_low:.0%} {clip_high:.0%}".format(**row))
+                    bar.update()
+                rows.append({key: float(value) for key, value in row.items() if math.isfinite(value)} | {"epoch": epoch})
+                interrupted = any(gather(asked)) and not last
+                if RANK == 0:
+                    write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+                    if last or interrupted or (epoch + 1) % config.save_every == 0:
+                        save(model, folder, min(epoch + 1, config.epochs))
+                if interrupted:
+                    stop(f"interrupted after epoch {epoch}; to go on: --resume --name {config.name}")
+    except FloatingPointError as error:
+        stop(f"epoch {epoch}: {error}; a lower --learning_rate or --precision fp32 may help; --resume continues from the last checkpoint")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if RANK == 0:
+        draw_results(folder, config.epochs)
+        print(f"look at {folder / 'before_after.png'} and {folder / 'curve.png'}")
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 def main(argv=None):
@@ -707,6 +952,10 @@ def main(argv=None):
         train(parse_config(argv))
     except reward_library.RewardError as error:
         stop(str(error))
+    except KeyboardInterrupt:
+        stop("interrupted; --resume continues from the last checkpoint")
+    except (OSError, SafetensorError) as error:  # a full or unwritable disk; what was written whole stays
+        stop(f"cannot read or write a file: {error}; --resume continues from the last checkpoint")
 
 
 if __name__ == "__main__":

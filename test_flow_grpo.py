@@ -51,6 +51,20 @@ GOLDEN = dict(
             -0.159199, 1.00188, -0.928936, -0.591271, -0.421949, -0.29544, -1.82731, 1.00273, 0.563824,
             2.28103, 1.20022, -1.41362, 0.54994, 0.603911], [-0.885552, -0.0132025], 0.4344148, 0.002635496),
     },
+    cps={  # step: mean, x_next, sigma, KL averaged over the batch; noise level 0.8
+        0: ([-0.783729, -0.100375, -0.306762, 0.365386, -0.296738, -0.437692, -0.216821, -0.258503, -0.476382, 0.52248,
+            0.139754, 0.742701, 0.409645, -0.472258, 0.0419056, 0.14929], [-3.65582, -0.204227, 1.2421, -0.242036,
+            -0.832952, 2.14841, 0.608652, 0.607002, -1.73737, -1.35379, 0.183198, 0.390624, 0.1585, 0.33732, 1.39859,
+            0.142117], 0.913137, 8.44647e-06),
+        4: ([-1.20976, -0.0733386, -0.308425, 0.645911, -0.448282, -0.691184, -0.35152, -0.288903, -0.850048, 0.824033,
+            0.308907, 1.3276, 0.708152, -0.903381, 0.119699, 0.33814], [-3.32548, -0.149841, 0.832546, 0.198454,
+            -0.843284, 1.21386, 0.256565, 0.34867, -1.77895, -0.558119, 0.34091, 1.06824, 0.523147, -0.307006, 1.1191,
+            0.332855], 0.672662, 0.000337073),
+        8: ([-2.33816, -0.1977, -0.709315, 1.19222, -0.873109, -1.32521, -0.667854, -0.63389, -1.56427, 1.58062, 0.53314,
+            2.44168, 1.31668, -1.62641, 0.193623, 0.579687], [-2.36486, -0.198666, -0.694912, 1.18657, -0.878096, -1.30116,
+            -0.660178, -0.625841, -1.576, 1.56317, 0.533544, 2.4384, 1.31435, -1.61888, 0.206239, 0.579621],
+            0.00849158, 4.59848),
+    },
     rewards=[0.1, 0.4, 0.9, 0.3, 1, 1, 1, 1, 0, 0, 1, 0.5], advantages=dict(batch=[-0.795889, -0.0612222, 1.16322,
         -0.306111, 0, 0, 0, 0, -0.918334, -0.918334, 1.53056, 0.306111], group=[-1.10227, -0.0847901, 1.61101,
         -0.423951, 0, 0, 0, 0, -0.904316, -0.904316, 1.50719, 0.301439]),
@@ -60,8 +74,8 @@ def golden(key):
     return torch.tensor(GOLDEN[key]).view(2, 2, 2, 2)
 
 
-def step_args(i, t, noise_level=0.7, batch=2):
-    sigma = sde_noise(t, noise_level)
+def step_args(i, t, noise_level=0.7, batch=2, sde="flow"):
+    sigma = sde_noise(t, noise_level, sde)
     return t[i].expand(batch), t.diff()[i].expand(batch), sigma[i].expand(batch)
 
 
@@ -87,6 +101,19 @@ def test_sde_step_gives_the_official_numbers(i):
     # Rescoring the sample gives its own log-probability, bit for bit.
     again = sde_step(golden("x"), golden("v"), now, dt, s, x_next=got[0])
     assert torch.equal(again[1], got[1]) and torch.equal(again[0], got[0])
+
+
+@pytest.mark.parametrize("i", [0, 4, 8])
+def test_cps_gives_the_official_numbers(i):
+    t, (mean, x_next, sigma, kl) = torch.tensor(GOLDEN["t"]), GOLDEN["cps"][i]
+    now, dt, s = step_args(i, t, 0.8, sde="cps")
+    got = sde_step(golden("x"), golden("v"), now, dt, s, "cps", noise=golden("noise"))
+    close(got[0].flatten(), x_next)
+    close(got[2].flatten(), mean)
+    close(s[0], sigma)
+    # Not the official log-probability, which has no variance in it: the density's own.
+    close(got[1][0], torch.distributions.Normal(got[2][0], s[0]).log_prob(got[0][0]).mean())
+    close(gaussian_kl(got[2], sde_mean(golden("x"), golden("v_ref"), now, dt, s, "cps"), s).mean() / kl, 1.0, 1e-3)
 
 
 @pytest.mark.parametrize("std_over", ["batch", "group"])
@@ -121,11 +148,40 @@ def test_log_prob_is_the_mean_gaussian_log_density(shape):
     close(gaussian_kl(mean, moved, s), torch.tensor([0.01, 0.04, 0.0]) / (2 * s**2))
 
 
-def test_without_noise_a_step_is_the_euler_step():
+@pytest.mark.parametrize("sde", ["flow", "cps"])
+def test_without_noise_a_step_is_the_euler_step(sde):
     x, v, noise = torch.randn(3, 2, 4, 4, 4)
     t, dt = torch.tensor([0.9, 0.5]), torch.tensor([-0.1, -0.2])
-    x_next, _, mean = sde_step(x, v, t, dt, torch.zeros(2), noise=noise)
+    assert (sde_noise(torch.tensor([1.0, 0.9, 0.5, 0.0]), 0.0, sde) == 0).all()
+    x_next, _, mean = sde_step(x, v, t, dt, torch.zeros(2), sde, noise=noise)
     close(x_next, x + v * dt.view(2, 1, 1, 1), 1e-6)
+
+
+def test_cps_keeps_data_and_noise_in_proportion_however_large_the_step():
+    """From x_t = (1-t) data + t noise to exactly (1-t') data + t' new noise; a step of the SDE ends with too much."""
+    torch.manual_seed(0)
+    data, noise, fresh_noise = torch.ones(1, 200_000), *torch.randn(2, 1, 200_000)
+    t, dt = torch.tensor([0.9]), torch.tensor([-0.4])
+    step = {sde: sde_step(0.1 * data + 0.9 * noise, noise - data, t, dt, sde_noise(torch.tensor([0.9, 0.5]), 0.7, sde), sde,
+                          noise=fresh_noise)[0] for sde in ("flow", "cps")}
+    assert abs(step["cps"].mean() - 0.5) < 0.005 and abs(step["cps"].std() - 0.5) < 0.005
+    assert step["flow"].std() > 0.6
+
+
+def test_guard_centres_the_ratio():
+    """The plain ratio's logarithm is negative on average, GRPO-Guard's is 0; each sample has its own."""
+    torch.manual_seed(0)
+    mean_old = torch.randn(2000, 64)
+    mean, std = mean_old + 0.2 * torch.randn(2000, 64), torch.full((2000,), 0.3)
+    x_next = mean_old + 0.3 * torch.randn(2000, 64)
+    log_prob = lambda m: torch.distributions.Normal(m, 0.3).log_prob(x_next).mean(1)
+    plain = log_prob(mean) - log_prob(mean_old)
+    guarded = flow_grpo.guarded(plain, mean, mean_old, std)
+    assert abs(guarded.mean()) < 4 * guarded.std() / 2000**0.5
+    assert plain.mean() < -20 * plain.std() / 2000**0.5
+    moved = mean.clone()
+    moved[0] += 1
+    assert torch.equal(flow_grpo.guarded(plain, moved, mean_old, std)[1:], guarded[1:])  # flow_grpo issue 244
 
 
 def test_the_drift_contains_the_score():
@@ -175,7 +231,7 @@ def test_the_sde_keeps_the_marginals_of_the_ode_at_every_time():
 def test_clipping_stops_the_gradient_on_its_side_only():
     for advantage, moved, grows in ((1.0, 0.1, False), (1.0, -0.1, True), (-1.0, -0.1, False), (-1.0, 0.1, True)):
         log_prob = torch.tensor([moved], requires_grad=True)
-        loss, ratio = clipped_loss(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.05)
+        loss, ratio = clipped_loss(log_prob, torch.tensor([advantage]), 0.05)
         loss.sum().backward()
         assert bool(log_prob.grad.abs() > 0) == grows
         close(ratio, np.exp([moved]))
@@ -301,8 +357,11 @@ def test_an_update_is_the_gradient_of_equation_5(fresh, beta):
     drawn = draw(model, small())
     advantages = torch.tensor([1.0, 0.0, -0.5, 0.0, 2.0, 0.0, 0.0, -1.0])
     expected = []
-    for order in np.split(np.array(random.Random(0).sample(range(8), 8)), 2):  # each update's own images
-        expected.append(plain_gradient(model, config, drawn, advantages, order.tolist(), beta))
+    rng = random.Random(0)
+    members = [rng.sample(range(4), 4) for _ in range(2)]
+    for own in (slice(0, 2), slice(2, 4)):  # each update has its own half of each group
+        order = [4 * group + image for group in range(2) for image in members[group][own]]
+        expected.append(plain_gradient(model, config, drawn, advantages, order, beta))
     got = []
     model.optimizer.step = lambda: got.append([torch.zeros_like(p) if p.grad is None else p.grad.clone()
                                                for p in model.params])
@@ -431,15 +490,26 @@ def test_an_epoch_has_every_prompt_exactly_group_size_times(monkeypatch):
     assert len({prompts for prompts, _ in seen}) > 40
 
 
-def test_nan_gradients_stop_the_run_before_the_weights_change(fresh, capsys):
+def test_what_is_not_finite_stops_the_run_before_the_weights_change(fresh, monkeypatch):
     config = small()
     model = fresh(config)
     batch = draw(model, config)
     before = [p.clone() for p in model.params]
-    with pytest.raises(SystemExit):
+    with pytest.raises(FloatingPointError, match=r"the loss of 'a sign that says \"(CAT|DOG)\"' at step [12] is nan in update 1"):
         learn(model, config, batch, torch.full((8,), torch.nan))
-    assert "gradient" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda params, limit: torch.tensor(torch.inf))
+        with pytest.raises(FloatingPointError, match="the gradient is inf in update 1"):
+            learn(model, config, batch)
     assert all(torch.equal(a, b) for a, b in zip(before, model.params))
+    velocity = flow_grpo.velocity
+
+    def broken(model, config, x, t, condition):
+        v = velocity(model, config, x, t, condition)
+        return torch.where(t.view(-1, 1, 1, 1) < 0.6, v * torch.tensor([1, 1, torch.inf, 1]).view(-1, 1, 1, 1), v)
+    monkeypatch.setattr(flow_grpo, "velocity", broken)
+    with pytest.raises(FloatingPointError, match="'a sign that says \"CAT\"' are not finite after step 3"):
+        draw(model, small(batch_size=4))
 
 
 def test_the_ema_grows_into_its_decay(fresh):
@@ -606,7 +676,8 @@ def desk(tmp_path, monkeypatch):
     (["--dataset", "empty"], ["--dataset empty"]),
     (["--model", "./nowhere"], ["--model ./nowhere"]),
     (["--group_size", "1"], ["--group_size 1", "2 or more"]),
-    (["--updates", "3"], ["--updates 3", "8 images"]),
+    (["--updates", "3"], ["--updates 3", "--group_size 4", "2 or 4"]),
+    (["--eval_reward", "jpeg"], ["--reward jpeg", "ocr"]),
     (["--window", "3"], ["--window 3", "4 steps"]),
     (["--learning_rat", "1"], ["--learning_rat", "did you mean --learning_rate?"]),
     (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
@@ -691,7 +762,13 @@ def test_the_presets_are_the_papers():
                     max_sequence_length=128, ema_decay=0.9, ema_every=8, std_over="batch")
     assert {key: getattr(config, key) for key in expected} == expected
     assert flow_grpo.parse_config(["--preset", "sd3.5-medium", "--beta", "0.01"]).beta == 0.01
-    assert flow_grpo.parse_config(["--preset", "sd3.5-medium", "--updates", "9"]).updates == 9  # 9 divides 1152, not 128
+    assert flow_grpo.parse_config(["--preset", "sd3.5-medium", "--updates", "3"]).updates == 3  # 3 divides 24, not 16
+    small = flow_grpo.parse_config(["--preset", "sd3.5-medium-24gb", "--no-offload"])
+    assert (small.group_size, small.clip_range, small.gradient_checkpointing, small.offload) == (24, 1e-4, True, False)
+    flux = flow_grpo.parse_config(["--preset", "flux.1-dev"])
+    expected = dict(train_steps=6, eval_steps=28, guidance=3.5, noise_level=0.9, beta=0, lora_rank=64, lora_alpha=128,
+                    group_size=24, groups=48, clip_range=1e-4, precision="bf16")
+    assert {key: getattr(flux, key) for key in expected} == expected
 
 
 # -------------------------------------------------------------------------------------------------- whole runs
