@@ -25,12 +25,15 @@ not trained. Each is marked PAPER/CODE at its line. In the paper all steps are s
 here only two are, at a random place, which is the authors' later and faster Flow-GRPO-Fast. Their other additions
 are one option each: --sde cps, --guard, and training without guidance, --guidance 1.
 
+Chapters 1 to 7 are the method, in the order of understanding; 8 to 10 are files, processes and the command line.
+
   python flow_grpo.py                                       # a colour reward on the embedded toy model
   python flow_grpo.py --reward ocr                          # teach it to write, judged by a real OCR engine
   python flow_grpo.py --reward ocr --preset sd3.5-medium    # the paper's setting, on a GPU
   accelerate launch flow_grpo.py --reward ocr --preset sd3.5-medium                     # the same on all GPUs
 """
 import argparse
+import contextlib
 import difflib
 import json
 import math
@@ -55,172 +58,7 @@ from tqdm import tqdm
 
 import rewards as reward_library
 
-# ------------------------------------------------------------------------------------------ 1. configuration
-
-
-def opt(default, why, least=None, choices=None):
-    """An option: its default, what it does (the comment of its line and its text in --help), the values that work."""
-    return field(default=default, metadata=dict(why=why, least=least, choices=choices))
-
-
-@dataclass
-class Config:
-    # what to train, on what
-    preset: str = opt("toy", "a set of defaults; other options override it", choices=("toy", "sd3.5-medium", "sd3.5-medium-24gb", "flux.1-dev"))
-    reward: str = opt("flow_grpo:redness", 'a name in rewards.py, your own "file:function", or a sum "ocr:1,jpeg_compressibility:0.1"')
-    eval_reward: str = opt("", "rewards that are only measured, in evaluations, as in --reward: they show reward hacking")
-    model: str = opt("toy", "folder or hub name of a StableDiffusion3Pipeline or FluxPipeline")
-    dataset: str = opt("", "folder of train.txt and test.txt, or {train,test}_metadata.jsonl; by default toy/ocr for ocr, else toy/geneval")
-    resolution: int = opt(48, "height and width of the images in pixels", least=8)
-    max_sequence_length: int = opt(14, "tokens of the T5 encoder; the official SD3.5 runs used 128", least=1)
-    precision: str = opt("fp32", "of the network: bf16 takes half the memory; the mathematics stays float32", choices=("fp32", "bf16"))
-    gradient_checkpointing: bool = opt(False, "compute activations twice instead of keeping them: less memory, slower updates")
-    offload: bool = opt(False, "text encoders live in the CPU's memory and visit the GPU to encode an epoch's prompts")
-    # the run
-    name: str = opt("", "folder under runs/; default: the reward's name, numbered if taken")
-    resume: bool = opt(False, "continue the run --name (default: the newest of this reward) with its own options")
-    seed: int = opt(0, "of everything random: same seed, same machine, same run")
-    epochs: int = opt(24, "one epoch = sample, score, update; 0 only evaluates the model as it is", least=0)
-    eval_every: int = opt(8, "epochs between evaluations; there is always one before the first epoch and after the last", least=1)
-    save_every: int = opt(5, "epochs between checkpoints; there is always one after the last", least=1)
-    # sampling
-    groups: int = opt(8, "prompts an epoch; more make the gradient less noisy and the epoch longer", least=1)
-    group_size: int = opt(16, "images of each prompt, compared with each other; the paper saw 6 and 12 collapse", least=2)
-    train_steps: int = opt(10, "T while training: few steps are enough to tell good from bad (denoising reduction)", least=2)
-    eval_steps: int = opt(40, "T of the evaluation", least=2)
-    noise_level: float = opt(0.7, "a in sigma_t: too little explores nothing, too much spoils the images", least=1e-6)
-    window: int = opt(2, "SDE in so many successive steps at a random place in the noisy half, only they are trained; 0: in all but the last", least=0)
-    sde: str = opt("flow", "flow is the paper's; cps, coefficient-preserving sampling (arXiv 2509.05952), leaves no noise in the image", choices=("flow", "cps"))
-    guidance: float = opt(1.2, "classifier-free guidance, in sampling and training alike; 1 is off and twice as fast; FLUX: its distilled guidance", least=1)
-    # learning
-    updates: int = opt(2, "optimizer steps an epoch; the first is on-policy, the others need the clipping", least=1)
-    learning_rate: float = opt(1e-3, "of AdamW", least=1e-12)
-    clip_range: float = opt(1e-3, "epsilon: how far a ratio may leave 1; small, because log-probabilities are averages", least=1e-12)
-    guard: bool = opt(False, "GRPO-Guard (arXiv 2510.22319): ratios centred on 1 and of one scale at all steps; needs a clip range about 1e-6")
-    beta: float = opt(0.3, "weight of the KL to the model as it was: more keeps its quality and diversity, and slows the reward", least=0)
-    std_over: str = opt("batch", "whose standard deviation divides the advantages", choices=("batch", "group"))
-    lora_rank: int = opt(32, "size of what is trained", least=1)
-    lora_alpha: int = opt(64, "the LoRA's output is scaled by alpha / rank", least=1)
-    ema_decay: float = opt(0.9, "of the averaged weights that are evaluated and saved; 0 is off", least=0)
-    ema_every: int = opt(1, "updates between two steps of that average", least=1)
-    batch_size: int = opt(64, "samples in one forward pass: memory and speed, and the result only in its rounding", least=1)
-    # evaluation
-    eval_prompts: int = opt(60, "so many prompts of the test file; 0 is all", least=0)
-    eval_per_prompt: int = opt(2, "images of each, from the same seeds every time; from 2 on they measure diversity", least=1)
-
-
-# The paper's setting: section 5.1 and, for learning rate, clip range and EMA, the official config/grpo.py, the only place
-# that prints them. 0.04 is the paper's beta for GenEval and OCR; for PickScore it is 0.01.
-PAPER = dict(model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128, precision="bf16",
-             epochs=1000, eval_every=30, save_every=10, groups=48, group_size=24, window=0, guidance=4.5, learning_rate=3e-4,
-             clip_range=1e-4, beta=0.04, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
-PRESETS = {
-    "toy": {},
-    "sd3.5-medium": PAPER,
-    "sd3.5-medium-24gb": PAPER | dict(groups=12, batch_size=4, gradient_checkpointing=True, offload=True),
-    # The official config/grpo.py and train_flux.py; the paper has no settings for FLUX.
-    "flux.1-dev": PAPER | dict(model="black-forest-labs/FLUX.1-dev", train_steps=6, eval_steps=28, guidance=3.5, noise_level=0.9,
-                               beta=0.0, lora_rank=64, lora_alpha=128, batch_size=4, gradient_checkpointing=True),
-}
-MAY_CHANGE = ("resume", "epochs", "eval_every", "save_every", "batch_size", "gradient_checkpointing", "offload",
-              "eval_reward")  # when a run is resumed
-
-
-def stop(message):
-    """A user's mistake: one line, exit code 2, no traceback."""
-    if RANK == 0 or dist.is_initialized():  # before that every process finds the same mistake
-        print(f"flow_grpo.py: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def parse_config(argv=None):
-    """Command line -> Config. Options that are not given come from the preset, or from the run to resume."""
-    parser = argparse.ArgumentParser(description=__doc__, usage="python flow_grpo.py [--option value ...]",
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = stop
-    for f in fields(Config):
-        kind = dict(type=f.type, metavar=f.type.__name__)
-        if f.type is bool:  # --offload and, against a preset, --no-offload
-            kind = dict(action=argparse.BooleanOptionalAction)
-        notes = [" or ".join(f.metadata["choices"] or ()), f"default: {f.default}" if f.default != "" else ""]
-        text = f"{f.metadata['why']} ({'; '.join(filter(None, notes))})".replace("%", "%%").removesuffix(" ()")
-        parser.add_argument("--" + f.name, default=f.default, help=text, **kind)
-
-    def parse():
-        options, unknown = parser.parse_known_args(argv)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], ["--" + f.name for f in fields(Config)], 1)
-            stop(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
-        return Config(**vars(options))
-
-    config = parse()
-    parser.set_defaults(**PRESETS.get(config.preset, {}))
-    saved = json.loads((run_folder(config) / "config.json").read_text()) if config.resume else {}
-    parser.set_defaults(**saved)
-    config = parse()
-    check_config(config)
-    for key, value in saved.items():
-        if getattr(config, key) != value and key not in MAY_CHANGE:
-            stop(f"--{key} {getattr(config, key)}: the run to resume has {value}, which cannot change on the way")
-    return config
-
-
-def check_config(config):
-    """Stops with one line for values that cannot work."""
-    for f in fields(Config):
-        value, least, choices = getattr(config, f.name), f.metadata["least"], f.metadata["choices"]
-        if choices and value not in choices:
-            stop(f"--{f.name} {value}: choose {' or '.join(choices)}")
-        if least is not None and not value >= least:  # "not >=": so that nan does not pass
-            stop(f"--{f.name} {value}: must be {least} or more")
-    c = config
-    if c.window > c.train_steps // 2:
-        stop(f"--window {c.window}: must fit in the noisy half of {c.train_steps} steps: 1 to {c.train_steps // 2}, or 0")
-    if c.group_size % c.updates:
-        stop(f"--updates {c.updates}: each update takes its share of every group, so it must divide --group_size "
-             f"{c.group_size}: {nearest(c.updates, lambda n: c.group_size % n == 0)}")
-    if c.groups % WORLD:
-        stop(f"--groups {c.groups}: must be a multiple of the {WORLD} processes: {nearest(c.groups, lambda n: n % WORLD == 0)}")
-    if c.ema_decay >= 1:
-        stop(f"--ema_decay {c.ema_decay}: must be below 1")
-
-
-def nearest(value, works):
-    """The nearest numbers below and above that work, as text."""
-    below = [n for n in range(value - 1, 0, -1) if works(n)][:1]
-    above = [n for n in range(value + 1, 100 * value) if works(n)][:1]
-    return " or ".join(map(str, below + above)) + " would do"
-
-
-# Several processes: `accelerate launch` or torchrun starts this script once for each GPU and numbers the copies. Each
-# takes whole groups; what must be known of all is gathered; every file is written by the first.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def my_part(items):
-    """This process's part of a list or tensor; the parts of all processes, in order, are the whole."""
-    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
-
-
-def gather(items):
-    """The lists of all processes as one list: the inverse of my_part."""
-    parts = [None] * WORLD
-    if WORLD == 1:
-        return items
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-def sum_gradients(params):
-    """Add up the processes' gradients, all in one message."""
-    if WORLD > 1:
-        gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
-        dist.all_reduce(gradient)
-        for p, part in zip(params, gradient.split([p.numel() for p in params])):
-            p.grad = part.view_as(p)
-
-
-# -------------------------------------------------------------------------------------------- 2. mathematics
+# --------------------------------------------------------------------------------------------------- 1. mathematics
 # Pure functions on tensors. All of it is float32, whatever the network computes in: a ratio is the exponential of a
 # difference of log-probabilities, and half precision would leave nothing of it.
 
@@ -291,9 +129,8 @@ def group_advantages(rewards, std_over="batch"):
     PAPER/CODE: the paper divides by the group's std; the code, by default, by that of the whole batch, so that a
     group of nearly equal rewards is not blown up. The 1e-4 and the clamp are the code's (stat_tracking.py, train_sd3.py).
     """
-    rewards = rewards.double()
+    rewards = rewards.float().double()  # float32 numbers add up exactly in float64: equal rewards give exactly 0
     centred = rewards - rewards.mean(1, keepdim=True)
-    centred[rewards.amax(1) == rewards.amin(1)] = 0  # no signal: exactly 0, whatever the mean was rounded to
     std = rewards.std(unbiased=False) if std_over == "batch" else rewards.std(1, unbiased=False, keepdim=True)
     return (centred / (std + 1e-4)).clamp(-5, 5).float()
 
@@ -314,7 +151,77 @@ def guarded(log_ratio, mean, mean_old, std):
     return (log_ratio + ((mean - mean_old) ** 2).flatten(1).mean(1) / (2 * std**2)) * std
 
 
-# -------------------------------------------------------------------------------------------------- 3. model
+# ------------------------------------------------------------------------------------------------------- 2. options
+
+
+def opt(default, why, least=None, choices=None):
+    """An option: its default, what it does (the comment of its line and its text in --help), the values that work."""
+    return field(default=default, metadata=dict(why=why, least=least, choices=choices))
+
+
+@dataclass
+class Config:
+    # what to train, on what
+    preset: str = opt("toy", "a set of defaults; other options override it", choices=("toy", "sd3.5-medium", "sd3.5-medium-24gb", "flux.1-dev"))
+    reward: str = opt("flow_grpo:redness", 'a name in rewards.py, your own "file:function", or a sum "ocr:1,jpeg_compressibility:0.1"')
+    eval_reward: str = opt("", "rewards that are only measured, in evaluations, as in --reward: they show reward hacking")
+    model: str = opt("toy", "folder or hub name of a StableDiffusion3Pipeline or FluxPipeline")
+    dataset: str = opt("", "folder of train.txt and test.txt, or {train,test}_metadata.jsonl; by default toy/ocr for ocr, else toy/geneval")
+    resolution: int = opt(48, "height and width of the images in pixels", least=8)
+    max_sequence_length: int = opt(14, "tokens of the T5 encoder; the official SD3.5 runs used 128", least=1)
+    precision: str = opt("fp32", "of the network: bf16 takes half the memory; the mathematics stays float32", choices=("fp32", "bf16"))
+    gradient_checkpointing: bool = opt(False, "compute activations twice instead of keeping them: less memory, slower updates")
+    offload: bool = opt(False, "text encoders live in the CPU's memory and visit the GPU to encode an epoch's prompts")
+    # the run
+    name: str = opt("", "folder under runs/; default: the reward's name, numbered if taken")
+    resume: bool = opt(False, "continue the run --name (default: the newest of this reward) with its own options")
+    seed: int = opt(0, "of everything random: same seed, same machine, same run")
+    epochs: int = opt(16, "one epoch = sample, score, update; 0 only evaluates the model as it is", least=0)
+    eval_every: int = opt(4, "epochs between evaluations; there is always one before the first epoch and after the last", least=1)
+    save_every: int = opt(5, "epochs between checkpoints; there is always one after the last", least=1)
+    # sampling
+    groups: int = opt(8, "prompts an epoch; more make the gradient less noisy and the epoch longer", least=1)
+    group_size: int = opt(16, "images of each prompt, compared with each other; the paper saw 6 and 12 collapse", least=2)
+    train_steps: int = opt(10, "T while training: few steps are enough to tell good from bad (denoising reduction)", least=2)
+    eval_steps: int = opt(40, "T of the evaluation", least=2)
+    noise_level: float = opt(0.7, "a in sigma_t: too little explores nothing, too much spoils the images", least=1e-6)
+    window: int = opt(2, "SDE in so many successive steps at a random place in the noisy half, only they are trained; 0: in all but the last", least=0)
+    sde: str = opt("flow", "flow is the paper's; cps, coefficient-preserving sampling (arXiv 2509.05952), leaves no noise in the image", choices=("flow", "cps"))
+    guidance: float = opt(1.0, "classifier-free guidance, in sampling and training alike; 1 is off and twice as fast; FLUX: its distilled guidance", least=1)
+    # learning
+    updates: int = opt(2, "optimizer steps an epoch; the first is on-policy, the others need the clipping", least=1)
+    learning_rate: float = opt(2e-3, "of AdamW", least=1e-12)
+    clip_range: float = opt(1e-3, "epsilon: how far a ratio may leave 1; small, because log-probabilities are averages", least=1e-12)
+    guard: bool = opt(False, "GRPO-Guard (arXiv 2510.22319): ratios centred on 1 and of one scale at all steps; needs a clip range about 1e-6")
+    beta: float = opt(0.3, "weight of the KL to the model as it was: more keeps its quality and diversity, and slows the reward", least=0)
+    std_over: str = opt("batch", "whose standard deviation divides the advantages", choices=("batch", "group"))
+    lora_rank: int = opt(32, "size of what is trained", least=1)
+    lora_alpha: int = opt(64, "the LoRA's output is scaled by alpha / rank", least=1)
+    ema_decay: float = opt(0.9, "of the averaged weights that are evaluated and saved; 0 is off", least=0)
+    ema_every: int = opt(1, "updates between two steps of that average", least=1)
+    batch_size: int = opt(64, "samples in one forward pass: memory and speed, and the result only in its rounding", least=1)
+    # evaluation
+    eval_prompts: int = opt(60, "so many prompts of the test file; 0 is all", least=0)
+    eval_per_prompt: int = opt(2, "images of each, from the same seeds every time; from 2 on they measure diversity", least=1)
+
+# The paper's setting: section 5.1 and, for learning rate, clip range and EMA, the official config/grpo.py, the only place
+# that prints them. 0.04 is the paper's beta for GenEval and OCR; for PickScore it is 0.01.
+PAPER = dict(model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128, precision="bf16",
+             epochs=1000, eval_every=30, save_every=10, groups=48, group_size=24, window=0, guidance=4.5, learning_rate=3e-4,
+             clip_range=1e-4, beta=0.04, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
+PRESETS = {
+    "toy": {},
+    "sd3.5-medium": PAPER,
+    "sd3.5-medium-24gb": PAPER | dict(groups=12, batch_size=4, gradient_checkpointing=True, offload=True),
+    # The official config/grpo.py and train_flux.py; the paper has no settings for FLUX.
+    "flux.1-dev": PAPER | dict(model="black-forest-labs/FLUX.1-dev", train_steps=6, eval_steps=28, guidance=3.5, noise_level=0.9,
+                               beta=0.0, lora_rank=64, lora_alpha=128, batch_size=4, gradient_checkpointing=True),
+}
+MAY_CHANGE = ("resume", "epochs", "eval_every", "save_every", "batch_size", "gradient_checkpointing", "offload",
+              "eval_reward")  # when a run is resumed
+
+
+# --------------------------------------------------------------------------------------------------------- 3. model
 
 
 @dataclass
@@ -469,7 +376,7 @@ def decode(pipe, latents):
     return pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0], output_type="pil")
 
 
-# ------------------------------------------------------------------------------------------------ 4. rollout
+# ------------------------------------------------------------------------------------------------------- 4. rollout
 
 
 @dataclass
@@ -547,7 +454,7 @@ def rollout(model, config, prompts, seeds, T, sde_steps, on_images=lambda images
     return Rollout(images, distinct, condition, prompt_index, t, sigma, sde_steps, *record)
 
 
-# ------------------------------------------------------------------------------------------------- 5. update
+# -------------------------------------------------------------------------------------------------------- 5. update
 
 
 def update(model, config, drawn, advantages, rng):
@@ -596,7 +503,8 @@ def update(model, config, drawn, advantages, rng):
             if k == 0:
                 check_ratio(row["ratio"], config)
             (loss.sum() / (config.groups * share * K)).backward()  # equation 5: the mean over images and steps
-            rows.append({key: value.tolist() for key, value in row.items()})
+            counted = A != 0 if not config.beta else torch.ones_like(A, dtype=bool)  # what fills the micro-batch does not
+            rows.append({key: value[counted].tolist() for key, value in row.items()})
         sum_gradients(model.params)
         grad_norms.append(torch.nn.utils.clip_grad_norm_(model.params, 1.0).item())  # 1.0: the official config
         if not math.isfinite(grad_norms[-1]):
@@ -635,24 +543,28 @@ def swap_ema(model):
         p.data, mean.data = mean.data, p.data
 
 
-# --------------------------------------------------------------------------------------------- 6. evaluation
+# ---------------------------------------------------------------------------------------------------- 6. evaluation
 
 
-def evaluate(model, config, scorer, test, folder, epoch):
+def evaluate(model, config, rewards, held_out, test_set, folder, epoch):
     """Draw the test prompts by the ODE with the averaged weights, from the same seeds every time -> metrics
 
-    Image j of test prompt i has the seed i * eval_per_prompt + j. Accuracy is the share of images whose (first)
+    rewards, held_out: as rewards.load gives them; of the second only the scores are noted. Image j of test prompt i
+    has the seed i * eval_per_prompt + j. Accuracy is the share of images whose (first)
     reward is 1, the most that OCR and GenEval give: the whole word was read, every object is as asked.
     """
     per_prompt = config.eval_per_prompt
-    mine = my_part(list(enumerate(test[:config.eval_prompts or None])))
+    mine = my_part(list(enumerate(test_set[:config.eval_prompts or None])))
     rows = [(prompt, row, i * per_prompt + j) for i, (prompt, row) in mine for j in range(per_prompt)]
     prompts, metadata, seeds = zip(*rows)
     swap_ema(model)
     images = rollout(model, config, prompts, seeds, config.eval_steps, range(0)).images
     swap_ema(model)
-    scores = {name: np.array(gather(values)) for name, values in scorer(images, prompts, metadata, held_out=True).items()}
-    total, right = scores.pop("reward"), next(iter(scores.values())) >= 1
+    scores = reward_library.score(rewards, images, prompts, metadata)
+    if held_out:
+        scores = reward_library.score(held_out, images, prompts, metadata) | scores  # the same name: the same score
+    scores = {name: np.array(gather(values)) for name, values in scores.items()}
+    total, right = scores.pop("reward"), scores[next(iter(rewards))] >= 1
     metrics = dict(eval_reward=total.mean(), eval_accuracy=right.mean(),
                    eval_diversity=np.mean(gather(distances(images, per_prompt)) or [math.nan]))
     if len(scores) > 1:
@@ -672,7 +584,6 @@ def distances(images, per_prompt):
     groups = [images[i:i + per_prompt] for i in range(0, len(images), per_prompt)]
     return [distance(a, b) for group in groups for k, a in enumerate(group) for b in group[:k]]
 
-
 GRID = 8, 4  # columns, rows
 
 
@@ -690,31 +601,103 @@ def draw_grid(shown, scores, path, cell=150):
     grid.save(path)
 
 
-def draw_results(folder, epoch):
-    """before_after.png, the first and the last sample grid, and curve.png from metrics.jsonl"""
-    before, after = (Image.open(folder / f"samples/{e:04d}.png") for e in (0, epoch))
-    both = Image.new("RGB", (before.width, before.height + after.height + 60), "white")
-    draw, font = ImageDraw.Draw(both), ImageFont.load_default(20)
-    for y, title, grid in ((0, "before", before), (before.height + 30, f"after {epoch} epochs", after)):
-        draw.text((4, y + 2), title, font=font, fill="black")
-        both.paste(grid, (0, y + 30))
-    both.save(folder / "before_after.png")
-
-    import matplotlib.figure  # without pyplot: no window, no global state
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label, style in (("reward", "training reward (SDE)", "-"), ("eval_reward", "evaluation reward (ODE)", "o-"),
-                              ("eval_accuracy", "evaluation accuracy (ODE)", "s-")):
-        points = [(row["epoch"], row[key]) for row in read_metrics(folder) if key in row]
-        if any(value for _, value in points):  # a reward that cannot reach 1 has no accuracy
-            axes.plot(*zip(*points), style, label=label)
-    axes.set(xlabel="epoch", title=folder.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / "curve.png", dpi=110)
+# ------------------------------------------------------------------------------------------------------ 7. training
 
 
-# ------------------------------------------------------------------------------------------ 7. what a run writes
+def redness(images, prompts, metadata):
+    """The toy reward: how much more red than green or blue an image is, -1 to 1. Yours can be as simple as this."""
+    means = [np.asarray(image, float).mean((0, 1)) / 255 for image in images]
+    return [r - max(g, b) for r, g, b in means]
+
+
+def train_epoch(model, config, rewards, train_set, epoch):
+    """Sample, score, update -> metrics. All of an epoch's randomness comes from (seed, epoch), on all processes alike."""
+    rng, clock = random.Random(f"{config.seed}/{epoch}"), [time.time()]
+    repeats = math.ceil(config.groups / len(train_set))  # more than 1 only for a dataset smaller than one epoch
+    chosen = rng.sample(train_set * repeats, config.groups)
+    # Members of a group differ from their first noise on.
+    samples = [(*row, rng.getrandbits(60)) for row in chosen for _ in range(config.group_size)]
+    sde_steps = choose_sde_steps(config, rng)
+    prompts, metadata, seeds = zip(*my_part(samples))
+    with ThreadPoolExecutor(1) as pool:  # rewards are computed while the next images are drawn
+        parts = []
+        drawn = rollout(model, config, prompts, seeds, config.train_steps, sde_steps, lambda images, micro: parts.append(
+            pool.submit(reward_library.score, rewards, images, prompts[micro], metadata[micro])))
+        clock.append(time.time())
+        parts = [part.result() for part in parts]
+    scores = {name: gather([value for part in parts for value in part[name]]) for name in parts[0]}
+    total = torch.tensor(scores["reward"]).view(config.groups, config.group_size)
+    advantages = group_advantages(total, config.std_over)
+    clock.append(time.time())
+
+    metrics = update(model, config, drawn, my_part(advantages).flatten(), rng)
+    clock.append(time.time())
+    metrics |= dict(reward=total.mean(), reward_std=total.std(), group_std=total.std(1).mean(),
+                    no_signal=(total.amax(1) == total.amin(1)).float().mean())
+    if len(scores) > 2:  # a weighted sum: each of its parts
+        metrics |= {f"reward/{name}": np.mean(values) for name, values in scores.items() if name != "reward"}
+    return metrics | {f"seconds_{name}": end - begin for name, begin, end
+                      in zip(("sampling", "reward", "update"), clock, clock[1:])}
+
+
+def train(config):
+    connect()
+    train_set, test_set = load_prompts(config, "train"), load_prompts(config, "test")
+    if len(test_set) < WORLD:
+        stop(f"--dataset {config.dataset}: has {len(test_set)} test prompts, and each of the {WORLD} processes needs one")
+    rewards, held_out = (reward_library.load(spec) if spec else {} for spec in (config.reward, config.eval_reward))
+    # What does not fit shows here, not after the first epoch.
+    reward_library.score(rewards | held_out, [Image.new("RGB", (64, 64))] * 2, *zip(train_set[0], test_set[0]))
+    model = load_model(config)
+    folder = gather([run_folder(config)])[0]
+    start, rows, evaluated = begin(config, model, folder)
+    with ctrl_c() as asked, tqdm(initial=start, total=config.epochs, unit="epoch", disable=RANK > 0) as bar:
+        for epoch in range(start, config.epochs + 1):
+            row, last = {"epoch": epoch}, epoch == config.epochs
+            try:
+                if evaluated or last or epoch % config.eval_every == 0:
+                    row |= evaluated or evaluate(model, config, rewards, held_out, test_set, folder, epoch)
+                    evaluated = {}
+                    bar.write(", ".join(f"{key} {value:.3g}" for key, value in row.items()))
+                if not last:
+                    row |= train_epoch(model, config, rewards, train_set, epoch)
+                    bar.set_postfix_str("reward {reward:.3f}, kl {kl:.2g}, clipped {clip_low:.0%} {clip_high:.0%}".format(**row))
+                    bar.update()
+            except FloatingPointError as error:
+                stop(f"epoch {epoch}: {error}; a lower --learning_rate or --precision fp32 may help; --resume goes back to "
+                     "the last checkpoint")
+            rows.append({key: float(value) for key, value in row.items() if math.isfinite(value)} | {"epoch": epoch})
+            interrupted = any(gather(asked)) and not last
+            if RANK == 0:
+                write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+                if last or interrupted or (epoch + 1) % config.save_every == 0:
+                    save(model, folder, min(epoch + 1, config.epochs))
+            if interrupted:
+                stop(f"interrupted after epoch {epoch}; to go on: --resume --name {folder.name}")
+    if RANK == 0:
+        draw_results(folder, config.epochs)
+        print(f"look at {folder / 'before_after.png'} and {folder / 'curve.png'}")
+    disconnect()
+
+
+# ----------------------------------------------------------------------------------- 8. what a run reads and writes
+
+
+def load_prompts(config, split):
+    """The dataset's prompts as [(prompt, metadata)], in either layout of the official repository."""
+    task = "ocr" if "ocr" in re.split("[,:]", config.reward) else "geneval"
+    folder = Path(config.dataset or Path(__file__).with_name("toy") / task)
+    text, rows = folder / f"{split}.txt", folder / f"{split}_metadata.jsonl"
+    if text.exists():
+        prompts = [(line.strip(), {}) for line in text.read_text().splitlines() if line.strip()]
+    elif rows.exists():
+        try:
+            prompts = [(row["prompt"], row) for row in map(json.loads, filter(str.strip, rows.read_text().splitlines()))]
+        except (ValueError, KeyError, TypeError) as error:
+            stop(f"--dataset {folder}: each line of {rows.name} must be a JSON object with a prompt ({error!r})")
+    else:
+        stop(f"--dataset {folder}: has neither {text.name} nor {rows.name}")
+    return prompts or stop(f"--dataset {folder}: no prompts for {split}")
 
 
 def run_folder(config):
@@ -738,6 +721,23 @@ def run_folder(config):
 def read_metrics(folder):
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def begin(config, model, folder):
+    """-> the epoch to start with, the rows of metrics before it, and its evaluation where that is known already"""
+    start = load(model, folder) if config.resume else 0
+    if start > config.epochs:
+        stop(f"--epochs {config.epochs}: the run to resume is already at {start}")
+    rows = read_metrics(folder)  # those after the checkpoint are drawn again, but for an evaluation of just that model
+    evaluated = {key: value for row in rows if row["epoch"] == start for key, value in row.items() if key.startswith("eval")}
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        free, needed = shutil.disk_usage(folder).free, 40 * sum(p.numel() for p in model.params) + 10**7
+        if free < needed:
+            stop(f"--name {folder.name}: {folder} has {free / 1e6:.0f} MB left, and checkpoints need {needed / 1e6:.0f} MB")
+        write(folder / "config.json", json.dumps(asdict(config) | {"name": folder.name, "resume": False}, indent=1))
+        print(f"{folder}\n{describe(model, config)}")
+    return start, [row for row in rows if row["epoch"] < start], evaluated
 
 
 def write(path, text):
@@ -790,60 +790,141 @@ def load(model, folder):
         stop(f"{path}: is damaged or not of this run ({str(error).splitlines()[0]}); to begin again at epoch 0 delete it")
 
 
-def load_prompts(config, split):
-    """The dataset's prompts as [(prompt, metadata)], in either layout of the official repository."""
-    task = "ocr" if "ocr" in re.split("[,:]", config.reward) else "geneval"
-    folder = Path(config.dataset or Path(__file__).with_name("toy") / task)
-    text, rows = folder / f"{split}.txt", folder / f"{split}_metadata.jsonl"
-    if text.exists():
-        prompts = [(line.strip(), {}) for line in text.read_text().splitlines() if line.strip()]
-    elif rows.exists():
-        try:
-            prompts = [(row["prompt"], row) for row in map(json.loads, filter(str.strip, rows.read_text().splitlines()))]
-        except (ValueError, KeyError, TypeError) as error:
-            stop(f"--dataset {folder}: each line of {rows.name} must be a JSON object with a prompt ({error!r})")
-    else:
-        stop(f"--dataset {folder}: has neither {text.name} nor {rows.name}")
-    return prompts or stop(f"--dataset {folder}: no prompts for {split}")
+def draw_results(folder, epoch):
+    """before_after.png, the first and the last sample grid, and curve.png from metrics.jsonl"""
+    before, after = (Image.open(folder / f"samples/{e:04d}.png") for e in (0, epoch))
+    both = Image.new("RGB", (before.width, before.height + after.height + 60), "white")
+    draw, font = ImageDraw.Draw(both), ImageFont.load_default(20)
+    for y, title, grid in ((0, "before", before), (before.height + 30, f"after {epoch} epochs", after)):
+        draw.text((4, y + 2), title, font=font, fill="black")
+        both.paste(grid, (0, y + 30))
+    both.save(folder / "before_after.png")
+
+    import matplotlib.figure  # without pyplot: no window, no global state
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("reward", "training reward (SDE)", "-"), ("eval_reward", "evaluation reward (ODE)", "o-"),
+                              ("eval_accuracy", "evaluation accuracy (ODE)", "s-")):
+        points = [(row["epoch"], row[key]) for row in read_metrics(folder) if key in row]
+        if any(value for _, value in points):  # a reward that cannot reach 1 has no accuracy
+            axes.plot(*zip(*points), style, label=label)
+    axes.set(xlabel="epoch", title=folder.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "curve.png", dpi=110)
 
 
-# --------------------------------------------------------------------------------------- 8. the algorithm, the run
+# --------------------------------------------------------------------------------------------- 9. several processes
 
 
-def redness(images, prompts, metadata):
-    """The toy reward: how much more red than green and blue an image is, -1 to 1. Yours can be as simple as this."""
-    means = [np.asarray(image, float).mean((0, 1)) / 255 for image in images]
-    return [r - (g + b) / 2 for r, g, b in means]
+# `accelerate launch` or torchrun starts this script once for each GPU and numbers the copies. Each takes whole groups; what
+# must be known of all is gathered; every file is written by the first.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def train_epoch(model, config, scorer, train_set, epoch):
-    """Sample, score, update -> metrics. All of an epoch's randomness comes from (seed, epoch), on all processes alike."""
-    rng, clock = random.Random(f"{config.seed}/{epoch}"), [time.time()]
-    repeats = math.ceil(config.groups / len(train_set))  # more than 1 only for a dataset smaller than one epoch
-    chosen = rng.sample(train_set * repeats, config.groups)
-    # Members of a group differ from their first noise on.
-    samples = [(*row, rng.getrandbits(60)) for row in chosen for _ in range(config.group_size)]
-    sde_steps = choose_sde_steps(config, rng)
-    prompts, metadata, seeds = zip(*my_part(samples))
-    with ThreadPoolExecutor(1) as pool:  # rewards are computed while the next images are drawn
-        parts = []
-        drawn = rollout(model, config, prompts, seeds, config.train_steps, sde_steps, lambda images, micro: parts.append(
-            pool.submit(scorer, images, prompts[micro], metadata[micro])))
-        clock.append(time.time())
-        parts = [part.result() for part in parts]
-    scores = {name: gather([value for part in parts for value in part[name]]) for name in parts[0]}
-    rewards = torch.tensor(scores["reward"]).view(config.groups, config.group_size)
-    advantages = group_advantages(rewards, config.std_over)
-    clock.append(time.time())
+def connect():
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if WORLD > 1:
+        dist.init_process_group()
 
-    metrics = update(model, config, drawn, my_part(advantages).flatten(), rng)
-    clock.append(time.time())
-    metrics |= dict(reward=rewards.mean(), reward_std=rewards.std(), group_std=rewards.std(1).mean(),
-                    no_signal=(rewards.amax(1) == rewards.amin(1)).float().mean())
-    if len(scores) > 2:  # a weighted sum: each of its parts
-        metrics |= {f"reward/{name}": np.mean(values) for name, values in scores.items() if name != "reward"}
-    return metrics | {f"seconds_{name}": end - begin for name, begin, end
-                      in zip(("sampling", "reward", "update"), clock, clock[1:])}
+
+def disconnect():
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+def my_part(items):
+    """This process's part of a list or tensor; the parts of all processes, in order, are the whole."""
+    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
+
+
+def gather(items):
+    """The lists of all processes as one list: the inverse of my_part."""
+    parts = [None] * WORLD
+    if WORLD == 1:
+        return items
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def sum_gradients(params):
+    """Add up the processes' gradients, all in one message."""
+    if WORLD > 1:
+        gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+        dist.all_reduce(gradient)
+        for p, part in zip(params, gradient.split([p.numel() for p in params])):
+            p.grad = part.view_as(p)
+
+
+# --------------------------------------------------------------------------------------------- 10. the command line
+
+
+def stop(message):
+    """A user's mistake: one line, exit code 2, no traceback."""
+    print(f"flow_grpo.py: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def parse_config(argv=None):
+    """Command line -> Config. Options that are not given come from the preset, or from the run to resume."""
+    parser = argparse.ArgumentParser(description=__doc__, usage="python flow_grpo.py [--option value ...]",
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = stop
+    for f in fields(Config):
+        kind = dict(type=f.type, metavar=f.type.__name__)
+        if f.type is bool:  # --offload and, against a preset, --no-offload
+            kind = dict(action=argparse.BooleanOptionalAction)
+        notes = [" or ".join(f.metadata["choices"] or ()), f"default: {f.default}" if f.default != "" else ""]
+        text = f"{f.metadata['why']} ({'; '.join(filter(None, notes))})".replace("%", "%%").removesuffix(" ()")
+        parser.add_argument("--" + f.name, default=f.default, help=text, **kind)
+
+    def parse():
+        options, unknown = parser.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], ["--" + f.name for f in fields(Config)], 1)
+            stop(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        return Config(**vars(options))
+
+    config = parse()
+    parser.set_defaults(**PRESETS.get(config.preset, {}))
+    saved = json.loads((run_folder(config) / "config.json").read_text()) if config.resume else {}
+    parser.set_defaults(**saved)
+    config = parse()
+    check_config(config)
+    for key, value in saved.items():
+        if getattr(config, key) != value and key not in MAY_CHANGE:
+            stop(f"--{key} {getattr(config, key)}: the run to resume has {value}, which cannot change on the way")
+    return config
+
+
+def check_config(config):
+    """Stops with one line for values that cannot work."""
+    for f in fields(Config):
+        value, least, choices = getattr(config, f.name), f.metadata["least"], f.metadata["choices"]
+        if choices and value not in choices:
+            stop(f"--{f.name} {value}: choose {' or '.join(choices)}")
+        if least is not None and not value >= least:  # "not >=": so that nan does not pass
+            stop(f"--{f.name} {value}: must be {least} or more")
+    c = config
+    if c.window > c.train_steps // 2:
+        stop(f"--window {c.window}: must fit in the noisy half of {c.train_steps} steps: 1 to {c.train_steps // 2}, or 0")
+    if c.group_size % c.updates:
+        stop(f"--updates {c.updates}: each update takes its share of every group, so it must divide --group_size "
+             f"{c.group_size}: {nearest(c.updates, lambda n: c.group_size % n == 0)}")
+    if c.groups % WORLD:
+        stop(f"--groups {c.groups}: must be a multiple of the {WORLD} processes: {nearest(c.groups, lambda n: n % WORLD == 0)}")
+    if 0 < c.eval_prompts < WORLD:
+        stop(f"--eval_prompts {c.eval_prompts}: each of the {WORLD} processes needs one: {WORLD} or more, or 0 for all")
+    if c.ema_decay >= 1:
+        stop(f"--ema_decay {c.ema_decay}: must be below 1")
+
+
+def nearest(value, works):
+    """The nearest numbers below and above that work, as text."""
+    below = [n for n in range(value - 1, 0, -1) if works(n)][:1]
+    above = [n for n in range(value + 1, 100 * value) if works(n)][:1]
+    return " or ".join(map(str, below + above)) + " would do"
 
 
 def describe(model, config):
@@ -864,8 +945,9 @@ def memory(model, config):
     """Bytes, roughly: the weights; 20 for each LoRA parameter (itself, gradient, two of AdamW, average); and what
     the update keeps for its backward pass, or an encoding of the prompts, whichever is more.
 
-    The network keeps about 25 numbers for each token, channel and layer (measured on SD3.5-Medium's blocks, without
-    the attention matrices, which a fused kernel does not keep), and with checkpointing 2 and one layer's 25.
+    The network keeps about 25 numbers for each token, channel and layer, with checkpointing 1 and those of one layer.
+    (Counted with saved_tensors_hooks in SD3.5-Medium's own blocks in bf16: 29 with dual attention, 21 without. Attention
+    matrices are not among them: fused kernels do not keep them.)
     """
     size = lambda modules: sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
     pipe, net = model.pipe, model.pipe.transformer.config
@@ -873,78 +955,22 @@ def memory(model, config):
     layers = net.num_layers + (net.get("num_single_layers") or 0)
     tokens = (config.resolution // pipe.vae_scale_factor // 2) ** 2 + model.empty[0].shape[1]
     branches = 2 if config.guidance != 1 and not is_flux(pipe) else 1
-    kept = 2 * layers + 25 if config.gradient_checkpointing else 25 * layers
+    kept = layers + 25 if config.gradient_checkpointing else 25 * layers
     activations = kept * tokens * channels * config.batch_size * branches * (2 if config.precision == "bf16" else 4)
     encoders = size(text_encoders(pipe))
     resident = size([pipe.transformer, pipe.vae]) + 16 * sum(p.numel() for p in model.params)
     return resident + (max(encoders, activations) if config.offload else encoders + activations)
 
 
-def train(config):
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    train_set, test_set = load_prompts(config, "train"), load_prompts(config, "test")
-    if len(test_set) < WORLD:
-        stop(f"--dataset: {len(test_set)} test prompts are too few for {WORLD} processes")
-    rewards, held_out_rewards = (reward_library.load(spec) if spec else {} for spec in (config.reward, config.eval_reward))
-
-    def scorer(images, prompts, metadata, held_out=False):
-        scores = reward_library.score(rewards, images, prompts, metadata)
-        more = reward_library.score(held_out_rewards, images, prompts, metadata) if held_out and held_out_rewards else {}
-        return scores | {name: values for name, values in more.items() if name != "reward"}
-
-    scorer([Image.new("RGB", (64, 64))] * 2, *zip(train_set[0], test_set[0]), held_out=True)  # a misfit shows here, not later
-    if WORLD > 1:
-        dist.init_process_group()
-    folder = gather([run_folder(config) if RANK == 0 else None])[0]
-    config.name = folder.name
-    model = load_model(config)
-    start = load(model, folder) if config.resume else 0
-    if start > config.epochs:
-        stop(f"--epochs {config.epochs}: the run to resume is already at {start}")
-    rows = read_metrics(folder)  # those after the checkpoint are drawn again, but for an evaluation of just that model
-    known = {k: v for row in rows if row["epoch"] == start for k, v in row.items() if k.startswith("eval")}
-    rows = [row for row in rows if row["epoch"] < start]
-    if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        free, needed = shutil.disk_usage(folder).free, 40 * sum(p.numel() for p in model.params) + 10**7
-        if free < needed:
-            stop(f"--name {config.name}: {folder} has {free / 1e6:.0f} MB left, and checkpoints need {needed / 1e6:.0f} MB")
-        write(folder / "config.json", json.dumps(asdict(config) | {"resume": False}, indent=1))
-        print(f"{folder}\n{describe(model, config)}")
-
-    # Ctrl-C ends the run after the epoch, with a checkpoint; a second Ctrl-C at once.
+@contextlib.contextmanager
+def ctrl_c():
+    """While open: the first Ctrl-C only adds to the list that this gives; the second stops at once."""
     asked = []
     before = signal.signal(signal.SIGINT, lambda *_: (asked.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
     try:
-        with tqdm(initial=start, total=config.epochs, unit="epoch", disable=RANK > 0) as bar:
-            for epoch in range(start, config.epochs + 1):
-                row, last = {"epoch": epoch}, epoch == config.epochs
-                if last or epoch % config.eval_every == 0 or known:
-                    row |= known or evaluate(model, config, scorer, test_set, folder, epoch)
-                    known = {}
-                    bar.write(", ".join(f"{key} {value:.3g}" for key, value in row.items()))
-                if not last:
-                    row |= train_epoch(model, config, scorer, train_set, epoch)
-                    bar.set_postfix_str("reward {reward:.3f}, kl {kl:.2g}, clipped {clip_low:.0%} {clip_high:.0%}".format(**row))
-                    bar.update()
-                rows.append({key: float(value) for key, value in row.items() if math.isfinite(value)} | {"epoch": epoch})
-                interrupted = any(gather(asked)) and not last
-                if RANK == 0:
-                    write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-                    if last or interrupted or (epoch + 1) % config.save_every == 0:
-                        save(model, folder, min(epoch + 1, config.epochs))
-                if interrupted:
-                    stop(f"interrupted after epoch {epoch}; to go on: --resume --name {config.name}")
-    except FloatingPointError as error:
-        stop(f"epoch {epoch}: {error}; a lower --learning_rate or --precision fp32 may help; --resume continues from the last checkpoint")
+        yield asked
     finally:
         signal.signal(signal.SIGINT, before)
-    if RANK == 0:
-        draw_results(folder, config.epochs)
-        print(f"look at {folder / 'before_after.png'} and {folder / 'curve.png'}")
-    if WORLD > 1:
-        dist.destroy_process_group()
 
 
 def main(argv=None):

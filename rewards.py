@@ -5,11 +5,16 @@
 `--reward` takes a name of REWARDS below, your own "file:function", or a weighted sum "ocr:1,jpeg_compressibility:0.1".
 The functions in REWARDS are factories: heavy imports and model loads happen when one is chosen. A reward never turns
 a failure into a score: it raises, and the run stops with the reward's name and the prompt.
+
+ImageReward is not here: its package does not run with the transformers that diffusers needs, and no maintained
+library has its model.
 """
+import functools
 import importlib
 import io
 import math
 import os
+import re
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -167,15 +172,20 @@ def geneval():
     Raises RewardError for prompts without GenEval metadata, or with objects or colours that the detector cannot know.
     """
     def reward(images, prompts, metadata):
-        for prompt, row in zip(prompts, metadata):
-            if "include" not in row:
-                raise RewardError(f"the prompt {prompt!r} has no GenEval metadata; use a *_metadata.jsonl dataset")
-            for asked in row["include"]:
-                if asked["class"] not in SHAPES or asked.get("color", "red") not in COLORS:
-                    raise RewardError(f"the prompt {prompt!r} asks for more than the toy's detector knows: "
-                                      f"{', '.join(SHAPES)}; {', '.join(COLORS)}")
+        check_metadata(prompts, metadata, SHAPES, COLORS)
         return [geneval_score(detect_shapes(image), row) for image, row in zip(images, metadata)]
     return reward
+
+
+def check_metadata(prompts, metadata, classes, colors):
+    """Raises RewardError for prompts that a detector of these classes and colours cannot judge."""
+    for prompt, row in zip(prompts, metadata):
+        if "include" not in row:
+            raise RewardError(f"the prompt {prompt!r} has no GenEval metadata; use a *_metadata.jsonl dataset")
+        for asked in row["include"]:
+            if asked["class"] not in classes or asked.get("color", next(iter(colors))) not in colors:
+                raise RewardError(f"the prompt {prompt!r} asks for {asked.get('color', '')} {asked['class']}; the detector knows "
+                                  f"only {', '.join(sorted(classes))}; {', '.join(colors)}")
 
 
 def geneval_score(found, row):
@@ -279,5 +289,203 @@ def detect_shapes(image):
     return found
 
 
-REWARDS = {"ocr": ocr, "geneval": geneval, "jpeg_compressibility": jpeg_compressibility,
-           "jpeg_incompressibility": jpeg_incompressibility}
+# --------------------------------------------------------------------------------- models from the Hugging Face hub
+
+
+def from_hub(load, name, size):
+    """load(name), or one clear line when the weights are neither on this machine nor to be had."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return load(name)
+    except (OSError, ValueError) as error:
+        raise RewardError(f"its model {name} ({size}) cannot be loaded: {str(error).strip().splitlines()[0]}; it is downloaded "
+                          "from huggingface.co once, then works offline") from error
+
+
+def on_device(model):
+    import torch
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return model.to(device).eval().requires_grad_(False)
+
+
+def in_batches(function, *lists, size=32):
+    """function on so many items of each list at a time -> its results in one list"""
+    results = []
+    for i in range(0, len(lists[0]), size):
+        results += function(*(items[i:i + size] for items in lists))
+    return results
+
+
+@functools.lru_cache  # rewards that share a model share its memory
+def load_clip(name, processor, size):
+    from transformers import AutoProcessor, CLIPModel
+    return on_device(from_hub(CLIPModel.from_pretrained, name, size)), from_hub(AutoProcessor.from_pretrained, processor, size)
+
+
+def clip_embeddings(clip, images, texts):
+    """Images and texts -> their embeddings of length 1: [B, D] and [B, D]"""
+    import torch
+    model, processor = clip
+    inputs = processor(images=[image.convert("RGB") for image in images], text=list(texts), return_tensors="pt",
+                       padding=True, truncation=True, max_length=model.config.text_config.max_position_embeddings)
+    with torch.no_grad():
+        out = model(**inputs.to(model.device))
+    return [e / e.norm(dim=-1, keepdim=True) for e in (out.image_embeds, out.text_embeds)]
+
+
+def cosines(clip, images, prompts):
+    """The cosine of each image with its own prompt."""
+    image, text = clip_embeddings(clip, images, prompts)
+    return (image * text).sum(-1).tolist()
+
+
+def pickscore(scale=1 / 26, name="yuvalkirstain/PickScore_v1", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+    """Human preference: logit_scale x the cosine of image and prompt, / 26 as in the official training.
+
+    Model: PickScore_v1, a CLIP ViT-H/14 (arXiv 2305.01569; huggingface.co/yuvalkirstain/PickScore_v1; 3.9 GB).
+    `pickscore_unscaled` is the same without the 26, the number of the paper's tables (SD3.5-Medium: 21.72).
+    """
+    clip = load_clip(name, processor, "3.9 GB")
+    scale = scale * clip[0].logit_scale.exp().item()
+    return lambda images, prompts, metadata: [scale * c for c in in_batches(functools.partial(cosines, clip), images, prompts)]
+
+
+def pickscore_unscaled():
+    """PickScore as the paper's tables print it."""
+    return pickscore(scale=1)
+
+
+CLIP = "openai/clip-vit-large-patch14"
+
+
+def clipscore(name=CLIP):
+    """Alignment: 100 x the cosine of image and prompt in CLIP ViT-L/14 (huggingface.co/openai/clip-vit-large-patch14; 1.7 GB)."""
+    clip = load_clip(name, name, "1.7 GB")
+    return lambda images, prompts, metadata: [100 * c for c in in_batches(functools.partial(cosines, clip), images, prompts)]
+
+
+def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
+    """Beauty, about 1 to 10, whatever the prompt: LAION's predictor, a stack of linear layers on CLIP ViT-L/14's embedding.
+
+    Models: openai/clip-vit-large-patch14 (1.7 GB) and the head sac+logos+ava1-l14-linearMSE, here from
+    huggingface.co/trl-lib/ddpo-aesthetic-predictor (4 MB; after github.com/christophschuhmann/improved-aesthetic-predictor).
+    """
+    import torch
+    from huggingface_hub import hf_hub_download
+    clip = load_clip(name, name, "1.7 GB")
+    path = head if os.path.exists(head) else from_hub(lambda head: hf_hub_download(head, "aesthetic-model.pth"), head, "4 MB")
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    keys = sorted((key for key in weights if key.endswith(".weight")), key=lambda key: int(key.split(".")[-2]))
+    layers = []  # between them were only dropouts
+    for key in keys:
+        layer = torch.nn.Linear(*weights[key].shape[::-1])
+        layer.load_state_dict({"weight": weights[key], "bias": weights[key.replace(".weight", ".bias")]})
+        layers.append(layer)
+    predictor = on_device(torch.nn.Sequential(*layers))
+
+    def rate(images):
+        with torch.no_grad():
+            return predictor(clip_embeddings(clip, images, [""] * len(images))[0])[:, 0].tolist()
+    return lambda images, prompts, metadata: in_batches(rate, images)
+
+
+# --------------------------------------------------------------------------------------- composition in photographs
+
+COCO_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}  # COCO's -> GenEval's
+PHOTO_COLORS = "red orange yellow green blue purple pink brown black white".split()
+
+
+def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name=CLIP):
+    """GenEval's six tasks in photographs, by the scoring of `geneval`; no mmdet and no reward server.
+
+    Models: Mask2Former Swin-S, trained on COCO (huggingface.co/facebook/mask2former-swin-small-coco-instance; 0.3 GB),
+    finds the objects; CLIP ViT-L/14 (1.7 GB) names their colours. As in the original evaluator (arXiv 2310.11513):
+    confidence above 0.3, or 0.9 when counting, at most 16 objects of a class, and colours told on the object alone,
+    cut out on grey, by the mean of three phrases. Where it differs: transformers' weights and post-processing, in which an
+    object's mask keeps only the pixels where no other object is likelier; images are not compressed to JPEG first;
+    OpenAI's CLIP instead of open_clip's copy of it; and a wrong place scores as in the paper, see geneval_score.
+    """
+    import torch
+    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+    model = on_device(from_hub(Mask2FormerForUniversalSegmentation.from_pretrained, detector, "0.3 GB"))
+    processor = from_hub(AutoImageProcessor.from_pretrained, detector, "0.3 GB")
+    clip = load_clip(name, name, "1.7 GB")
+    classes = {COCO_NAMES.get(label, label) for label in model.config.id2label.values()}
+
+    def detect(image, row):
+        """-> [{"class", "color", "box"}], the surest first; colours only of classes whose colour was asked for"""
+        inputs = processor(images=image.convert("RGB"), return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            out = model(**inputs)
+        result = processor.post_process_instance_segmentation(
+            out, threshold=0.9 if row.get("tag") == "counting" else 0.3, target_sizes=[image.size[::-1]], return_binary_maps=True)[0]
+        colored, found = {asked["class"] for asked in row["include"] if "color" in asked}, []
+        for mask, segment in sorted(zip(result["segmentation"], result["segments_info"]), key=lambda pair: -pair[1]["score"]):
+            mask, label = mask.cpu().numpy() > 0, model.config.id2label[segment["label_id"]]
+            label = COCO_NAMES.get(label, label)
+            if not mask.any() or sum(o["class"] == label for o in found) == 16:
+                continue
+            rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+            box = tuple(int(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+            found.append({"class": label, "box": box, "color": name_color(image, mask, box, label) if label in colored else ""})
+        return found
+
+    def name_color(image, mask, box, label):
+        alone = Image.composite(image.convert("RGB"), Image.new("RGB", image.size, (153, 153, 153)), Image.fromarray(mask)).crop(box)
+        phrases = [phrase for color in PHOTO_COLORS for phrase in (
+            f"a photo of a {color} {label}", f"a photo of a {color}-colored {label}", f"a photo of a {color} object")]
+        picture, texts = clip_embeddings(clip, [alone], phrases)
+        means = texts.view(len(PHOTO_COLORS), 3, -1).mean(1)
+        return PHOTO_COLORS[int((means / means.norm(dim=-1, keepdim=True) @ picture[0]).argmax())]
+
+    def reward(images, prompts, metadata):
+        check_metadata(prompts, metadata, classes, PHOTO_COLORS)
+        return [geneval_score(detect(image, row), row) for image, row in zip(images, metadata)]
+    return reward
+
+
+# ----------------------------------------------------------------------------------------------- a model's judgement
+
+QUESTION = ("This image was generated for the caption: {prompt}\nHow well does it show what the caption says, and how good does it "
+            "look? Answer with one digit from 1 (bad) to 5 (excellent) and nothing else.")
+
+
+def vlm(name="Qwen/Qwen2.5-VL-3B-Instruct"):
+    """A vision-language model's rating of the image for its prompt: 1 to 5, as 0.2 to 1.
+
+    Model: Qwen2.5-VL-3B-Instruct (huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct; 7.5 GB); any model of transformers'
+    image-text-to-text class answers the same question. Raises RewardError when the answer is not one digit.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    load_model = functools.partial(AutoModelForImageTextToText.from_pretrained,
+                                   dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    model = on_device(from_hub(load_model, name, "7.5 GB"))
+    processor = from_hub(AutoProcessor.from_pretrained, name, "7.5 GB")
+    processor.tokenizer.padding_side = "left"  # so that all answers of a batch begin at the same place
+
+    def ask(images, prompts):
+        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION.format(prompt=prompt)}]}]
+                 for prompt in prompts]
+        texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+        inputs = processor(text=texts, images=[[image.convert("RGB")] for image in images], padding=True, return_tensors="pt")
+        inputs = inputs.to(model.device)
+        with torch.no_grad():
+            tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+        answers = processor.batch_decode(tokens, skip_special_tokens=True)
+        return [rating(answer, prompt) for answer, prompt in zip(answers, prompts)]
+    return lambda images, prompts, metadata: in_batches(ask, images, prompts, size=8)
+
+
+def rating(answer, prompt):
+    """"4" -> 0.8. Nothing is guessed from an answer that says more."""
+    match = re.fullmatch(r"\s*([1-5])\.?\s*", answer)
+    if not match:
+        raise RewardError(f"the model answered {answer!r} for {prompt!r}, not a digit from 1 to 5")
+    return int(match[1]) / 5
+
+
+REWARDS = {f.__name__: f for f in (ocr, geneval, geneval_photo, pickscore, pickscore_unscaled, clipscore, aesthetic, vlm,
+                                   jpeg_compressibility, jpeg_incompressibility)}

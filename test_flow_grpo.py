@@ -4,12 +4,12 @@ First the mathematics against independent references, then the real model, the r
 that are killed. The model is the embedded toy, so these are the lines that SD3.5 runs through.
 """
 import json
+import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +124,11 @@ def test_advantages_are_the_official_numbers(std_over):
 
 @pytest.mark.parametrize("std_over", ["batch", "group"])
 def test_equal_rewards_give_exactly_zero(std_over):
-    for value in (0.0, 0.1, 1 / 3, 1e6):
-        assert torch.equal(group_advantages(torch.full((3, 7), value), std_over), torch.zeros(3, 7))
+    for value in (0.0, 0.1, 1 / 3, 0.7, 1e6):
+        for size in (7, 24):
+            for dtype in (torch.float32, torch.float64):
+                equal = torch.full((3, size), value, dtype=dtype)
+                assert torch.equal(group_advantages(equal, std_over), torch.zeros(3, size))
     mixed = torch.tensor([[0.1] * 7, [0.0, 1.0, 0.5, 0.1, 0.2, 0.3, 0.4]])
     assert (group_advantages(mixed, std_over)[0] == 0).all() and (group_advantages(mixed, std_over)[1] != 0).any()
 
@@ -384,6 +387,11 @@ def test_the_reference_pass_does_not_swallow_lora_gradients_under_autocast(fresh
     perturb(model)
     condition = flow_grpo.encode(model.pipe, config, ['a sign that says "CAT"'])
     x, t = torch.randn(1, 8, 12, 12), torch.tensor([0.7])
+    cache = []
+    hook = model.pipe.transformer.register_forward_pre_hook(lambda *_: cache.append(torch.is_autocast_cache_enabled()))
+    flow_grpo.velocity(model, config, x, t, condition)
+    hook.remove()
+    assert cache == [False]  # not every version of torch shows what the cache does
 
     def gradient(first):
         model.optimizer.zero_grad()
@@ -540,6 +548,122 @@ def test_lora_is_on_the_official_projections_only(fresh):
     assert not any(p.requires_grad for p in others)
 
 
+# ------------------------------------------------------------------------------------- real models, tiny and random
+
+
+def clip_tokenizer(length=77):
+    from transformers import CLIPTokenizer
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = letters + [c + "</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=length)
+
+
+def t5_tokenizer():
+    from transformers import T5Tokenizer
+    tokens = ["<pad>", "</s>", "<unk>", "▁"] + [chr(c) for c in range(33, 127)]
+    return T5Tokenizer(vocab=[(token, -float(i)) for i, token in enumerate(tokens)], extra_ids=0, model_max_length=512)
+
+
+def tiny_pipeline(family):
+    """A random pipeline of the real classes: SD3.5-Medium's (dual attention, qk norm, AutoencoderKL) or FLUX.1-dev's."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    torch.manual_seed(0)
+    tokenizer, t5_tokens = clip_tokenizer(), t5_tokenizer()
+    clip = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, projection_dim=32, num_hidden_layers=2,
+                          num_attention_heads=2, bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokens), d_model=32 if family == "flux" else 64, d_kv=16, d_ff=32, num_layers=1,
+                                 num_heads=2))
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2, layers_per_block=1,
+                                  up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, norm_num_groups=4, scaling_factor=1.5305,
+                                  shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler
+    if family == "flux":
+        transformer = diffusers.FluxTransformer2DModel(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+                                                       num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+                                                       guidance_embeds=True, axes_dims_rope=(4, 6, 6))
+        return diffusers.FluxPipeline(transformer=transformer, vae=vae, text_encoder=CLIPTextModel(clip), text_encoder_2=t5,
+                                      tokenizer=tokenizer, tokenizer_2=t5_tokens,
+                                      scheduler=scheduler(shift=3.0, use_dynamic_shifting=True))
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=16, qk_norm="rms_norm",
+        dual_attention_layers=(0,))
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler(shift=3.0), text_encoder=CLIPTextModelWithProjection(clip),
+        text_encoder_2=CLIPTextModelWithProjection(clip), text_encoder_3=t5, tokenizer=tokenizer, tokenizer_2=tokenizer,
+        tokenizer_3=t5_tokens)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_on_the_real_classes(desk, family, precision):
+    """An epoch, evaluation, save, resume for another; then stock diffusers, with the LoRA, draws the evaluation's image."""
+    pipe = tiny_pipeline(family)
+    pipe.save_pretrained("tiny")
+    options = ["--model", "tiny", "--resolution", "32", "--max_sequence_length", "16", "--guidance", "2", "--dataset",
+               str(HERE / "toy/ocr"), "--name", "x", "--learning_rate", "0.03", "--precision", precision, "--offload",
+               "--gradient_checkpointing", "--reward", "custom:by_hue", "--lora_rank", "4", "--lora_alpha", "8"]
+    flow_grpo.main([*TINY, *options])
+    flow_grpo.main(["--resume", "--name", "x", "--epochs", "2"])
+    rows = [json.loads(line) for line in open("runs/x/metrics.jsonl")]
+    assert [row["epoch"] for row in rows] == [0, 1, 2] and rows[1]["ratio_deviation"] > 0 and rows[1]["grad_norm"] > 0
+    if precision == "fp32":
+        prompt = (HERE / "toy/ocr/test.txt").read_text().splitlines()[0]
+        picture = lambda: np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(0), num_inference_steps=2, height=32,
+                                          width=32, guidance_scale=2.0, max_sequence_length=16, output_type="pil").images[0]
+                                     .resize((144, 144), Image.LANCZOS), float)
+        pipe.set_progress_bar_config(disable=True)
+        ours = np.asarray(Image.open("runs/x/samples/0002.png").crop((3, 0, 147, 144)), float)
+        base = picture()
+        pipe.load_lora_weights("runs/x")
+        off = lambda image: np.abs(image - ours).mean()  # of 255
+        assert off(picture()) < 0.5 < 2 < off(base)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_gradient_checkpointing_changes_memory_only(tmp_path, family):
+    tiny_pipeline(family).save_pretrained(tmp_path)
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        config = small(model=str(tmp_path), resolution=32, max_sequence_length=16, gradient_checkpointing=checkpointing)
+        model = flow_grpo.load_model(config)
+        perturb(model)
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.update({x.data_ptr(): x.numel()}) or x, lambda x: x):
+            v = flow_grpo.velocity(model, config, torch.ones(1, 4, 16, 16), torch.tensor([0.7]),
+                                   flow_grpo.encode(model.pipe, config, ["a cat"]))
+        v.square().mean().backward()
+        kept.append(sum(sizes.values()))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.params]))
+    close(*gradients, 1e-6)
+    assert gradients[0].norm() > 0 and kept[1] < kept[0] / 2
+
+
+def test_lora_at_the_real_size():
+    """SD3.5-Medium's own configuration, without its weights: 382 tensors, as with the official code."""
+    from diffusers import SD3Transformer2DModel
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
+            joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=384,
+            qk_norm="rms_norm", dual_attention_layers=tuple(range(13)))
+        assert sum(p.numel() for p in transformer.parameters()) == 2_243_171_520
+        transformer.requires_grad_(False)
+        params = flow_grpo.add_lora(transformer, flow_grpo.parse_config(["--preset", "sd3.5-medium"]))
+    assert len(params) == 382 and sum(p.numel() for p in params) == 18_776_064
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_the_grid_is_the_stock_pipelines(family):
+    pipe = tiny_pipeline(family)
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(height=32, width=32, num_inference_steps=6, max_sequence_length=16, output_type="latent")
+    pipe("a cat", **options)
+    stock = pipe.scheduler.sigmas.clone()
+    close(flow_grpo.time_grid(pipe, small(resolution=32), 6), stock)
+
+
 # ----------------------------------------------------------------------------------------------------- rewards
 
 
@@ -621,11 +745,127 @@ def test_a_weighted_sum_keeps_its_parts(tmp_path, monkeypatch):
     close(scores["reward"], [0.5 * a + 2 * b for a, b in zip(*list(scores.values())[:2])])
 
 
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    """A random CLIPModel with its processor in a folder; PickScore is one of these."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+    torch.manual_seed(0)
+    tokenizer, folder = clip_tokenizer(20), tmp_path_factory.mktemp("clip")
+    text = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                max_position_embeddings=20, bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1)
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32), tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def photos():
+    rng = np.random.default_rng(0)
+    colors = [(200, 40, 40), (40, 180, 60), (50, 60, 220)]
+    return [Image.fromarray((np.full((40, 48, 3), c) * rng.uniform(0.5, 1, (40, 48, 1))).astype(np.uint8)) for c in colors]
+
+
+def test_clip_rewards_score_each_image_with_its_own_prompt(tiny_clip, photos):
+    """Against the model called by hand, one image and one prompt at a time, without padding."""
+    from transformers import CLIPModel, CLIPProcessor
+    model, processor = CLIPModel.from_pretrained(tiny_clip), CLIPProcessor.from_pretrained(tiny_clip)
+    prompts = ["a red wall", "grass", "x" * 60]  # the last is cut at the model's 20 tokens
+    cosine, scale = [], model.logit_scale.exp().item()
+    for image, prompt in zip(photos, prompts):
+        inputs = processor(images=image, text=prompt, return_tensors="pt", truncation=True, max_length=20)
+        out = model(**inputs)
+        cosine.append(torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds).item())
+    for reward, expected in ((rewards.pickscore(name=tiny_clip, processor=tiny_clip), [scale * c / 26 for c in cosine]),
+                             (rewards.pickscore(scale=1, name=tiny_clip, processor=tiny_clip), [scale * c for c in cosine]),
+                             (rewards.clipscore(name=tiny_clip), [100 * c for c in cosine])):
+        together = reward(photos, prompts, None)
+        close(together, expected, 1e-4)
+        close(together, [reward([i], [p], None)[0] for i, p in zip(photos, prompts)], 1e-4)
+        assert reward(photos, prompts[::-1], None)[0] != pytest.approx(expected[0], rel=1e-3)
+
+
+def test_aesthetic_is_a_linear_head_on_the_normalised_embedding(tiny_clip, photos, tmp_path):
+    from transformers import CLIPModel, CLIPProcessor
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Dropout(), torch.nn.Linear(8, 1)).eval()
+    torch.save({f"layers.{key}": value for key, value in head.state_dict().items()}, tmp_path / "head.pth")
+    reward = rewards.aesthetic(name=tiny_clip, head=str(tmp_path / "head.pth"))
+    inputs = CLIPProcessor.from_pretrained(tiny_clip)(images=photos, text=[""] * 3, return_tensors="pt")
+    embeds = CLIPModel.from_pretrained(tiny_clip)(**inputs).image_embeds
+    expected = head(embeds / embeds.norm(dim=-1, keepdim=True))[:, 0].tolist()
+    close(reward(photos, ["ignored"] * 3, None), expected, 1e-4)
+    close([reward([image], [""], None)[0] for image in photos], expected, 1e-4)
+    torch.save({"layers.0.weight": print}, tmp_path / "evil.pth")  # anything but tensors is refused
+    with pytest.raises(Exception, match="(?i)weights"):
+        rewards.aesthetic(name=tiny_clip, head=str(tmp_path / "evil.pth"))
+
+
+@pytest.fixture(scope="module")
+def tiny_detector(tmp_path_factory):
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
+    folder = tmp_path_factory.mktemp("detector")
+    torch.manual_seed(0)
+    swin = SwinConfig(image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2,
+                      out_features=["stage1", "stage2", "stage3", "stage4"])
+    labels = {0: "dog", 1: "mouse"}
+    Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
+        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, encoder_layers=1,
+        decoder_layers=2, num_attention_heads=2, dim_feedforward=32, num_queries=10, id2label=labels,
+        label2id={v: k for k, v in labels.items()})).save_pretrained(folder)
+    Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_geneval_photo_scores_what_the_detector_finds(tiny_detector, tiny_clip, photos, monkeypatch):
+    """The detector's output is set by hand; thresholds, names, boxes and colours are the reward's."""
+    from transformers import Mask2FormerImageProcessor
+    mask = lambda left, right: torch.tensor(np.pad(np.ones((20, right - left)), ((10, 10), (left, 48 - right))))
+    asked = []
+
+    def result(processor, outputs, threshold, target_sizes, return_binary_maps):
+        asked.append((threshold, target_sizes))
+        found = [(mask(2, 12), 0, 0.95), (mask(30, 44), 1, 0.5), (mask(14, 24), 0, 0.8)]
+        found = [f for f in found if f[2] > threshold]
+        return [{"segmentation": torch.stack([f[0] for f in found]),
+                 "segments_info": [{"label_id": f[1], "score": f[2]} for f in found]}]
+    row = lambda *include, tag="": {"tag": tag, "include": list(include)}
+    reward = rewards.geneval_photo(detector=tiny_detector, name=tiny_clip)
+    score = lambda row: reward(photos[:1], ["p"], [row])[0]
+    assert score(row({"class": "dog", "count": 1})) <= 1  # once with the random detector itself
+    monkeypatch.setattr(Mask2FormerImageProcessor, "post_process_instance_segmentation", result)
+    assert score(row({"class": "dog", "count": 2})) == 1 and asked[-1] == (0.3, [(40, 48)])
+    assert score(row({"class": "dog", "count": 1}, tag="counting")) == 1 and asked[-1][0] == 0.9
+    pair = {"class": "computer mouse", "count": 1}, {"class": "dog", "count": 2, "position": ["left of", 0]}
+    assert score(row(*pair)) == 1
+    assert score(row(*pair[:1], {**pair[1], "position": ["right of", 0]})) == pytest.approx(2 / 3)
+    colors = [score(row({"class": "computer mouse", "count": 1, "color": color})) for color in rewards.PHOTO_COLORS]
+    assert sorted(colors) == [0.5] * 9 + [1]  # the random CLIP names one of the ten
+    with pytest.raises(rewards.RewardError, match="a photo.*zebra"):
+        reward(photos[:1], ["a photo of a zebra"], [row({"class": "zebra", "count": 1})])
+
+
+def test_a_rating_is_one_digit():
+    assert rewards.rating("4", "") == 0.8 == rewards.rating(" 4.\n", "")
+    for answer in ("", "6", "4 or 5", "I would say 4", "45", "0", "3.5"):
+        with pytest.raises(rewards.RewardError, match="a cat"):
+            rewards.rating(answer, "a cat")
+
+
+@pytest.mark.parametrize("name", ["pickscore", "clipscore", "aesthetic", "geneval_photo", "vlm"])
+def test_without_weights_a_reward_says_so_in_one_line(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(rewards.RewardError, match=r"its model \S+/\S+ \([\d.]+ GB\) cannot be loaded") as error:
+        rewards.load(name)
+    assert "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 CUSTOM = '''
 calls = 0
 def fine(images, prompts, metadata): return [float(len(p)) for p in prompts]
+def by_hue(images, prompts, metadata): return [float(i.resize((1, 1)).getpixel((0, 0))[0]) for i in images]
 def raises(images, prompts, metadata): return [1 / 0 for p in prompts]
 def nan(images, prompts, metadata): return [float("nan") for p in prompts]
 def short(images, prompts, metadata): return [1.0]
@@ -662,7 +902,7 @@ def desk(tmp_path, monkeypatch):
     (["--reward", "ocrr"], ["ocrr", "ocr", "geneval"]),
     (["--reward", "custom:nothing"], ["custom has no function nothing"]),
     (["--reward", "nofile:nothing"], ["nofile"]),
-    (["--reward", "custom:raises"], ["custom:raises", "ZeroDivisionError", "custom.py line 4", "a photo of"]),
+    (["--reward", "custom:raises"], ["custom:raises", "ZeroDivisionError", "custom.py line 5", "a photo of"]),
     (["--reward", "custom:nan"], ["custom:nan", "nan", "a photo of"]),
     (["--reward", "custom:short"], ["custom:short", "1 scores for 2 images"]),
     (["--reward", "ocr", "--dataset", "noquotes"], ["a sign without words", "double quotes"]),
@@ -774,35 +1014,217 @@ def test_the_presets_are_the_papers():
 # -------------------------------------------------------------------------------------------------- whole runs
 
 
-def run_script(folder, *options, wait=True):
-    process = subprocess.Popen([sys.executable, str(HERE / "flow_grpo.py"), *options], cwd=folder, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if wait:
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output
-    return process
+SABOTAGE = '''
+"""Imported by the run as its reward: kills the process inside the named function at its n-th call."""
+import os, signal, sys
+run, (name, n) = sys.modules["__main__"], os.environ["KILL_IN"].split(":")
+original, calls = getattr(run, name), [0]
+
+def deadly(*args, **kwargs):
+    calls[0] += 1
+    if calls[0] == int(n):
+        if name == "save_file":  # half a checkpoint
+            original(*args, **kwargs)
+            os.truncate(args[1], os.path.getsize(args[1]) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(run, name, deadly)
+
+def ink(images, prompts, metadata): return [-sum(i.resize((1, 1)).getpixel((0, 0))) for i in images]
+'''
 
 
-def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path):
-    options = [*TINY, "--epochs", "4", "--eval_every", "2", "--save_every", "1", "--beta", "0.01", "--name", "x"]
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    run_script(tmp_path / "whole", *options)
-    process = run_script(tmp_path / "killed", *options, wait=False)
-    metrics, deadline = tmp_path / "killed/runs/x/metrics.jsonl", time.time() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert metrics.read_text().count("\n") < 5, "it ended before it could be killed"
-    run_script(tmp_path / "killed", "--resume", "--name", "x")
+def timeless(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
+def assert_same_run(a, b):
     for name in ("checkpoint/state.safetensors", "pytorch_lora_weights.safetensors"):
-        a, b = (load_file(tmp_path / kind / "runs/x" / name) for kind in ("whole", "killed"))
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    rows = [[json.loads(line) for line in (tmp_path / kind / "runs/x/metrics.jsonl").read_text().splitlines()]
-            for kind in ("whole", "killed")]
-    timeless = [[{k: v for k, v in row.items() if "seconds" not in k} for row in run] for run in rows]
-    assert timeless[0] == timeless[1] and len(rows[0]) == 5
+        tensors = load_file(a / name), load_file(b / name)
+        assert tensors[0].keys() == tensors[1].keys()
+        assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+    assert timeless(a) == timeless(b)
+
+
+def test_a_run_killed_anywhere_resumes_as_if_it_had_not_been(desk):
+    """SIGKILL while sampling, updating, evaluating, and in the middle of writing a checkpoint."""
+    Path("custom_ink.py").write_text(SABOTAGE.split("setattr(run, name, deadly)")[1])
+    Path("deadly_ink.py").write_text(SABOTAGE)
+    options = [*TINY, "--epochs", "3", "--eval_every", "2", "--save_every", "1", "--beta", "0.01"]
+    flow_grpo.main([*options, "--reward", "custom_ink:ink", "--name", "whole"])
+    points = ["velocity:19", "ema_step:3", "evaluate:2", "save_file:2"]
+    processes = [subprocess.Popen(
+        [sys.executable, str(HERE / "flow_grpo.py"), *options, "--reward", "deadly_ink:ink", "--name", point.split(":")[0]],
+        env={**os.environ, "KILL_IN": point}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for point in points]
+    for process, point in zip(processes, points):
+        process.wait(timeout=300)
+        run = desk / "runs" / point.split(":")[0]
+        assert process.returncode == -signal.SIGKILL and 1 <= len(timeless(run)) < 4, point
+        config = run / "config.json"
+        config.write_text(config.read_text().replace("deadly", "custom"))
+        flow_grpo.main(["--resume", "--name", run.name])
+        assert_same_run(desk / "runs/whole", run)
+
+
+def test_ctrl_c_ends_the_epoch_and_keeps_it(desk, capsys):
+    Path("press.py").write_text("""
+import signal
+presses = []
+def ink(images, prompts, metadata):
+    presses.append(1)
+    if len(presses) == 4:  # the check at the start, the evaluation, epoch 0, epoch 1
+        signal.raise_signal(signal.SIGINT)
+    return [-sum(i.resize((1, 1)).getpixel((0, 0))) for i in images]
+""")
+    options = [*TINY, "--epochs", "3", "--save_every", "9", "--eval_every", "9"]
+    with pytest.raises(SystemExit):
+        flow_grpo.main([*options, "--reward", "press:ink", "--name", "pressed"])
+    assert "interrupted after epoch 1" in capsys.readouterr().err
+    assert [row["epoch"] for row in timeless(desk / "runs/pressed")] == [0, 1]
+    flow_grpo.main(["--resume", "--name", "pressed"])
+    flow_grpo.main([*options, "--reward", "press:ink", "--name", "whole"])
+    assert_same_run(desk / "runs/whole", desk / "runs/pressed")
+
+
+def one_line(capsys):
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flow_grpo.py: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_bad_checkpoint_or_disk_is_one_line(desk, capsys, monkeypatch):
+    Path("runs").write_text("a file, where the folder should be")
+    with pytest.raises(SystemExit):
+        flow_grpo.main([*TINY, "--name", "x"])
+    assert "runs/x" in one_line(capsys)
+    Path("runs").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**6}))
+        with pytest.raises(SystemExit):
+            flow_grpo.main([*TINY, "--name", "x"])
+        assert re.search("runs/x has 1 MB left, and checkpoints need [1-9]", one_line(capsys))
+    options = [*TINY, "--epochs", "2", "--save_every", "1", "--eval_every", "9", "--reward", "custom:fine"]
+    flow_grpo.main([*options, "--name", "y", "--epochs", "1"])
+    capsys.readouterr()
+    good = (desk / "runs/y/checkpoint/state.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(flow_grpo, "save_file", full)
+        with pytest.raises(SystemExit):
+            flow_grpo.main(["--resume", "--name", "y", "--epochs", "2"])
+    assert "No space left" in one_line(capsys)
+    state = desk / "runs/y/checkpoint/state.safetensors"
+    assert state.read_bytes() == good
+    for damage in (lambda: state.write_bytes(good[:len(good) // 2]), lambda: state.write_bytes(b"hello"),
+                   lambda: torch.save({"lora.0": 1}, state)):
+        damage()
+        with pytest.raises(SystemExit):
+            flow_grpo.main(["--resume", "--name", "y", "--epochs", "2"])
+        assert "runs/y/checkpoint/state.safetensors" in one_line(capsys)
+    flow_grpo.main([*options, "--name", "z", "--epochs", "1", "--lora_rank", "2"])
+    state.write_bytes((desk / "runs/z/checkpoint/state.safetensors").read_bytes())
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        flow_grpo.main(["--resume", "--name", "y", "--epochs", "2"])
+    assert "not of this run" in one_line(capsys)
+
+
+def test_rewards_run_while_the_next_images_are_drawn(fresh, monkeypatch):
+    import threading
+    drawing = threading.Event()
+    config, scored = small(batch_size=4), []
+    model, decode = fresh(config), flow_grpo.decode
+
+    def watched(pipe, latents):
+        if scored:
+            drawing.set()  # the second half was drawn before the first was scored
+        return decode(pipe, latents)
+
+    def brightness(images, prompts, metadata):
+        scored.append(prompts[0])
+        assert len(scored) > 1 or drawing.wait(60), "the reward kept the sampling waiting"
+        return [float(np.mean(image)) for image in images]
+    monkeypatch.setattr(flow_grpo, "decode", watched)
+    seen = []
+    monkeypatch.setattr(flow_grpo, "update", lambda m, c, drawn, advantages, rng: seen.append((drawn, advantages)) or {})
+    train_set = [(f'a sign that says "{w}"', {}) for w in ("CAT", "DOG")]
+    flow_grpo.train_epoch(model, config, {"brightness": (brightness, 1.0)}, train_set, 0)
+    (drawn, advantages), = seen
+    assert len(scored) == 2 and set(scored) == set(drawn.prompts)
+    own = torch.tensor([float(np.mean(image)) for image in drawn.images]).view(2, 4)
+    close(advantages, group_advantages(own).flatten(), 1e-4)  # in order: each image has its own score
+
+
+def test_held_out_rewards_are_measured_and_not_trained_on(desk):
+    options = [*TINY, "--reward", "jpeg_compressibility"]
+    flow_grpo.main([*options, "--name", "plain"])
+    flow_grpo.main([*options, "--name", "watched", "--eval_reward", "custom:fine,jpeg_incompressibility:0.1"])
+    plain, watched = (timeless(desk / "runs" / name) for name in ("plain", "watched"))
+    for a, b in zip(plain, watched):
+        extra = {key: b.pop(key) for key in [*b] if key.startswith("eval_reward/")}
+        assert a == b and extra["eval_reward/jpeg_incompressibility"] == -a["eval_reward"]
+        assert set(extra) == {"eval_reward/jpeg_compressibility", "eval_reward/jpeg_incompressibility", "eval_reward/custom:fine"}
+
+
+def launch(folder, *options):
+    """Two processes on the CPU, by the launcher that `accelerate launch` uses for GPUs."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           str(HERE / "flow_grpo.py"), *options], cwd=folder, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=300)
+
+
+def test_two_processes_are_as_good_as_one(desk):
+    """The same weights and metrics. Each process has one of two groups, of which one never has an advantage."""
+    Path("half.py").write_text("""
+import os
+def ink(images, prompts, metadata):
+    open(f"rank{os.environ.get('RANK', 0)}", "a").write(str([hash(i.tobytes()) for i in images]))
+    return [0.5 if "dull" in p else -float(sum(i.resize((1, 1)).getpixel((0, 0)))) for i, p in zip(images, prompts)]
+""")
+    Path("prompts").mkdir()
+    for split in ("train", "test"):
+        Path(f"prompts/{split}.txt").write_text("a dull circle\na red cross\n")
+    options = [*TINY, "--epochs", "2", "--dataset", "prompts", "--reward", "half:ink", "--std_over", "group", "--beta", "0"]
+    flow_grpo.main([*options, "--name", "one"])
+    done = launch(desk, *options, "--name", "two")
+    assert done.returncode == 0, done.stdout
+    one, two = (load_file(f"runs/{name}/checkpoint/state.safetensors") for name in ("one", "two"))
+    for kind in ("lora", "ema"):
+        # The second matrices of the LoRA, which begin at 0: all of them was learned.
+        a, b = (torch.cat([state[key].flatten() for key in sorted(state) if key.startswith(kind) and state[key].shape[1] == 32])
+                for state in (one, two))
+        assert a.norm() > 0 and (a - b).norm() < 1e-3 * a.norm()
+    for a, b in zip(timeless(desk / "runs/one"), timeless(desk / "runs/two")):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"kl", "clip_low", "clip_high"}:  # with beta 0 the KL is measured on a sample
+            assert a[key] == pytest.approx(b[key], rel=1e-2, abs=1e-6), key
+    assert "2 processes" in done.stdout and done.stdout.count("look at") == 1  # only the first one speaks
+    assert Path("rank0").exists() and Path("rank1").exists()
+
+
+def test_a_process_that_dies_ends_the_run(desk):
+    Path("mortal.py").write_text("""
+import os
+calls = []
+def ink(images, prompts, metadata):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        os._exit(9)
+    return [float(i.getpixel((0, 0))[0]) for i in images]
+""")
+    done = launch(desk, *TINY, "--reward", "mortal:ink")
+    assert done.returncode != 0 and "exitcode" in done.stdout.replace(" ", "")
+
+
+@pytest.mark.parametrize("options, says", [(["--groups", "3"], "multiple of the 2 processes: 2 or 4 would do")])
+def test_groups_must_fit_the_processes(desk, capsys, monkeypatch, options, says):
+    monkeypatch.setattr(flow_grpo, "WORLD", 2)
+    with pytest.raises(SystemExit):
+        flow_grpo.main([*TINY, *options])
+    assert says in one_line(capsys)
 
 
 def test_stock_diffusers_reproduces_an_evaluation_image(desk):

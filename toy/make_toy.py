@@ -1,6 +1,6 @@
 """Make the embedded toy: a tiny StableDiffusion3Pipeline that draws signs and simple shapes at 48x48.
 
-    python toy/make_toy.py            # about 95 minutes on 2 CPU cores; run it again to resume
+    python toy/make_toy.py            # about 100 minutes on 2 CPU cores; run it again to resume
 
 The world is calm (few layouts, one font, six colours), so that a model of 2.5 M parameters draws it
 crisply. Its captions are noisy, as captions on the web are: a careless painter made part of the images. He
@@ -37,7 +37,7 @@ from rewards import COLORS, SHAPES, detect_shapes, draw_shape, geneval_score, oc
 
 SEED = 0
 SIZE = 48                   # pixels
-IMAGES = 80_000             # rendered once, seen about 8 times
+IMAGES = 80_000             # rendered once, seen about 14 times
 VAE_STEPS, VAE_BATCH, CROP = 2500, 48, 32
 FLOW_STEPS, FLOW_BATCH = 8500, 128
 TOKENS = 14                 # the longest caption has 12
