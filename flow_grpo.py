@@ -25,12 +25,14 @@ not trained. Each is marked PAPER/CODE at its line. In the paper all steps are s
 here only two are, at a random place, which is the authors' later and faster Flow-GRPO-Fast. Their other additions
 are one option each: --sde cps, --guard, and training without guidance, --guidance 1.
 
-Chapters 1 to 7 are the method, in the order of understanding; 8 to 10 are files, processes and the command line.
+Chapters 1 to 7 are the method, in the order of understanding; 8 to 10 are files, processes and the command line. Of
+those the method uses stop(), which ends the run with one line, and RANK, my_part() and gather(), which are 0, "all of
+it" and "the same" as long as there is one process.
 
   python flow_grpo.py                                       # a colour reward on the embedded toy model
   python flow_grpo.py --reward ocr                          # teach it to write, judged by a real OCR engine
   python flow_grpo.py --reward ocr --preset sd3.5-medium    # the paper's setting, on a GPU
-  accelerate launch flow_grpo.py --reward ocr --preset sd3.5-medium                     # the same on all GPUs
+  accelerate launch flow_grpo.py --reward ocr --preset sd3.5-medium    # the same on all GPUs
 """
 import argparse
 import contextlib
@@ -143,7 +145,7 @@ def clipped_loss(log_ratio, advantages, clip_range):
 
 
 def guarded(log_ratio, mean, mean_old, std):
-    """GRPO-Guard's ratio (equations of arXiv 2510.22319). log_ratio, std: [B]; mean, mean_old: [B, ...] -> [B]
+    """The log-ratio of GRPO-Guard (arXiv 2510.22319), in the official code's form. log_ratio, std: [B]; mean, mean_old: [B, ...] -> [B]
 
     A log-ratio is on average -(mean - mean_old)^2 / (2 std^2), so ratios lie below 1 and hardly ever reach the upper
     clip; and it grows as std shrinks from step to step. So: add that average, and multiply by std.
@@ -267,7 +269,7 @@ def load_model(config):
         module.requires_grad_(False)
     torch.manual_seed(config.seed)  # for the LoRA's first values, drawn on the CPU: the same on every device
     params = add_lora(pipe.transformer, config)
-    for module in (pipe.transformer, pipe.vae, *([] if config.offload else text_encoders(pipe))):
+    for module in (pipe.transformer, pipe.vae):  # encode() moves the text encoders
         module.to(device)
     if config.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
@@ -330,16 +332,12 @@ def velocity(model, config, x, t, condition):
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False):
         inputs = dict(hidden_states=x.to(embeds.dtype), timestep=1000 * t, encoder_hidden_states=embeds,
                       pooled_projections=pooled, return_dict=False)
-        network = flux_network if is_flux(model.pipe) else sd3_network
-        v = network(model.pipe, config, **inputs).float()
+        v = flux_network(model.pipe, config, **inputs) if is_flux(model.pipe) else model.pipe.transformer(**inputs)[0]
+    v = v.float()
     if guided:
         v, v_empty = v.chunk(2)
         v = v_empty + config.guidance * (v - v_empty)
     return v
-
-
-def sd3_network(pipe, config, **inputs):
-    return pipe.transformer(**inputs)[0]
 
 
 def flux_network(pipe, config, hidden_states, timestep, encoder_hidden_states, **inputs):
@@ -497,13 +495,15 @@ def update(model, config, drawn, advantages, rng):
                 model.pipe.transformer.enable_adapters()
                 kl = gaussian_kl(mean, sde_mean(x, v_ref, t, dt, sigma, config.sde), sigma)
                 loss, row["kl"] = loss + config.beta * kl, kl.detach()
-            for j in (~loss.isfinite()).nonzero().flatten().tolist()[:1]:
+            if not loss.isfinite().all():
+                j = loss.isfinite().int().argmin().item()
                 raise FloatingPointError(f"the loss of {drawn.prompts[drawn.prompt_index[image[j]]]!r} at step "
                                          f"{drawn.sde_steps.start + step[j]} is {loss[j]} in update {k + 1}")
             if k == 0:
                 check_ratio(row["ratio"], config)
             (loss.sum() / (config.groups * share * K)).backward()  # equation 5: the mean over images and steps
-            counted = A != 0 if not config.beta else torch.ones_like(A, dtype=bool)  # what fills the micro-batch does not
+            # What only fills the micro-batch is left out: how many there are depends on the number of processes.
+            counted = A != 0 if not config.beta else torch.ones_like(A, dtype=bool)
             rows.append({key: value[counted].tolist() for key, value in row.items()})
         sum_gradients(model.params)
         grad_norms.append(torch.nn.utils.clip_grad_norm_(model.params, 1.0).item())  # 1.0: the official config
@@ -550,8 +550,8 @@ def evaluate(model, config, rewards, held_out, test_set, folder, epoch):
     """Draw the test prompts by the ODE with the averaged weights, from the same seeds every time -> metrics
 
     rewards, held_out: as rewards.load gives them; of the second only the scores are noted. Image j of test prompt i
-    has the seed i * eval_per_prompt + j. Accuracy is the share of images whose (first)
-    reward is 1, the most that OCR and GenEval give: the whole word was read, every object is as asked.
+    has the seed i * eval_per_prompt + j. Accuracy is the share of images whose (first) reward is 1, the most that OCR
+    and GenEval give: the whole word was read, every object is as asked.
     """
     per_prompt = config.eval_per_prompt
     mine = my_part(list(enumerate(test_set[:config.eval_prompts or None])))
@@ -583,6 +583,7 @@ def distances(images, per_prompt):
         return np.sqrt(np.mean((np.asarray(a, np.float32) - np.asarray(b, np.float32)) ** 2)) / 255
     groups = [images[i:i + per_prompt] for i in range(0, len(images), per_prompt)]
     return [distance(a, b) for group in groups for k, a in enumerate(group) for b in group[:k]]
+
 
 GRID = 8, 4  # columns, rows
 
