@@ -455,26 +455,31 @@ QUESTION = ("This image was generated for the caption: {prompt}\nHow well does i
 def vlm(name="Qwen/Qwen2.5-VL-3B-Instruct"):
     """A vision-language model's rating of the image for its prompt: 1 to 5, as 0.2 to 1.
 
-    Model: Qwen2.5-VL-3B-Instruct (huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct; 7.5 GB); any model of transformers'
-    image-text-to-text class answers the same question. Raises RewardError when the answer is not one digit.
+    Model: Qwen2.5-VL-3B-Instruct (huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct; 7.5 GB), or another of the Qwen2.5-VL
+    family. Raises RewardError when the answer is not one digit.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    load_model = functools.partial(AutoModelForImageTextToText.from_pretrained,
+    from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    load_model = functools.partial(Qwen2_5_VLForConditionalGeneration.from_pretrained,
                                    dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     model = on_device(from_hub(load_model, name, "7.5 GB"))
-    processor = from_hub(AutoProcessor.from_pretrained, name, "7.5 GB")
-    processor.tokenizer.padding_side = "left"  # so that all answers of a batch begin at the same place
+    # Not AutoProcessor: that one has a part for videos, which needs torchvision.
+    prepare, tokenizer = (from_hub(auto.from_pretrained, name, "7.5 GB") for auto in (AutoImageProcessor, AutoTokenizer))
+    tokenizer.padding_side = "left"  # so that all answers of a batch begin at the same place
+    place = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
 
     def ask(images, prompts):
-        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION.format(prompt=prompt)}]}]
-                 for prompt in prompts]
-        texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-        inputs = processor(text=texts, images=[[image.convert("RGB")] for image in images], padding=True, return_tensors="pt")
-        inputs = inputs.to(model.device)
+        pictures = prepare([image.convert("RGB") for image in images], return_tensors="pt")
+        texts = []
+        for prompt, patches in zip(prompts, pictures["image_grid_thw"].prod(1).tolist()):
+            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION.format(prompt=prompt)}]}]
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            texts.append(text.replace(place, place * (patches // prepare.merge_size**2), 1))
+        inputs = {**tokenizer(texts, padding=True, return_tensors="pt"), **pictures}
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()  # where the image is
         with torch.no_grad():
-            tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1]:]
-        answers = processor.batch_decode(tokens, skip_special_tokens=True)
+            tokens = model.generate(**{key: value.to(model.device) for key, value in inputs.items()}, max_new_tokens=2, do_sample=False)
+        answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
         return [rating(answer, prompt) for answer, prompt in zip(answers, prompts)]
     return lambda images, prompts, metadata: in_batches(ask, images, prompts, size=8)
 

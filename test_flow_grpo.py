@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -640,6 +641,53 @@ def test_gradient_checkpointing_changes_memory_only(tmp_path, family):
     assert gradients[0].norm() > 0 and kept[1] < kept[0] / 2
 
 
+def test_the_memory_estimate_is_what_autograd_keeps(tmp_path):
+    """For SD3.5-Medium's blocks, with fewer channels, at its 1024 image tokens: with and without checkpointing."""
+    from diffusers import SD3Transformer2DModel
+    pipe = tiny_pipeline("sd3")
+    pipe.transformer = SD3Transformer2DModel(
+        sample_size=64, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=64, num_attention_heads=4,
+        joint_attention_dim=64, caption_projection_dim=256, pooled_projection_dim=64, pos_embed_max_size=64, qk_norm="rms_norm",
+        dual_attention_layers=(0, 1))
+    pipe.save_pretrained(tmp_path)
+    for checkpointing in (False, True):
+        config = small(model=str(tmp_path), resolution=128, max_sequence_length=16, precision="bf16", guidance=1.0, lora_rank=2,
+                       gradient_checkpointing=checkpointing, batch_size=1)
+        model = flow_grpo.load_model(config)
+        own, kept = {p.untyped_storage().data_ptr() for p in model.pipe.transformer.parameters()}, {}
+        def keep(x):
+            if x.untyped_storage().data_ptr() not in own:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                alive.append(x)  # or the next would be put at the same address
+            return x
+        alive = []
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            flow_grpo.velocity(model, config, torch.randn(1, 4, 64, 64), torch.tensor([0.5]), flow_grpo.encode(model.pipe, config, ["a cat"]))
+        estimate = flow_grpo.memory(model, config) - flow_grpo.memory(model, replace(config, batch_size=0))
+        if checkpointing:  # one layer at a time is computed anew: 25 of them in the estimate
+            estimate *= 4 / (4 + 25)
+        assert sum(kept.values()) == pytest.approx(estimate, rel=0.3)
+
+
+def test_a_run_says_what_follows_from_its_options(fresh, monkeypatch):
+    config = small(groups=3, group_size=4, updates=2, window=2, batch_size=5)
+    model = fresh(config)
+    text = flow_grpo.describe(model, config)
+    assert "3 groups x 4 = 12 images an epoch on 1 process (" in text and "2 of 6 steps trained, 2 updates an epoch" in text
+    calls = []  # forward passes that gradients go through, by their size
+    velocity = flow_grpo.velocity
+    def counted(model, config, x, *rest):
+        calls.append(len(x)) if torch.is_grad_enabled() else None
+        return velocity(model, config, x, *rest)
+    drawn = draw(model, config, prompts=("CAT", "DOG", "SUN"))
+    monkeypatch.setattr(flow_grpo, "velocity", counted)
+    learn(model, config, drawn)
+    images, steps, micro, size = map(int, re.search(r"each of (\d+) images x (\d+) steps in (\d+) micro-batches of (\d+)", text).groups())
+    assert (len(calls), max(calls), sum(calls)) == (2 * micro, size, 2 * images * steps)
+    assert f"LoRA on {len(model.params)} tensors with {sum(p.numel() for p in model.params):,} parameters" in text
+    assert "5 of 6 steps trained" in flow_grpo.describe(model, small(window=0))
+
+
 def test_lora_at_the_real_size():
     """SD3.5-Medium's own configuration, without its weights: 382 tensors, as with the official code."""
     from diffusers import SD3Transformer2DModel
@@ -843,6 +891,66 @@ def test_geneval_photo_scores_what_the_detector_finds(tiny_detector, tiny_clip, 
     assert sorted(colors) == [0.5] * 9 + [1]  # the random CLIP names one of the ten
     with pytest.raises(rewards.RewardError, match="a photo.*zebra"):
         reward(photos[:1], ["a photo of a zebra"], [row({"class": "zebra", "count": 1})])
+
+
+@pytest.fixture(scope="module")
+def tiny_vlm(tmp_path_factory):
+    """A random Qwen2.5-VL that speaks letter by letter and must answer with one digit -> its folder"""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    ids = {token: i for i, token in enumerate([*map(chr, range(32, 127)), "\n", *special])}
+    letters = Tokenizer(models.WordLevel(ids, unk_token=" "))
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<|endoftext|>", eos_token="<|im_end|>",
+                                        additional_special_tokens=special[1:])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{m.role}}\n{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|>"
+        "<|vision_end|>{% else %}{{c.text}}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant{{'\n'}}")
+    torch.manual_seed(3)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(ids), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3]),
+                         bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]),
+        vision_config=dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=32, fullatt_block_indexes=[0],
+                           window_size=56),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"]))
+    for p in model.parameters():
+        p.data *= 6 if p.ndim > 1 else 1  # so that images and prompts make a difference
+    model.generation_config.begin_suppress_tokens = [i for token, i in ids.items() if token not in "12345"]
+    model.generation_config.forced_eos_token_id = ids["<|im_end|>"]
+    folder = tmp_path_factory.mktemp("vlm")
+    for part in (model, tokenizer, Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=112 * 112)):
+        part.save_pretrained(folder)
+    return folder, model.eval(), ids
+
+
+def test_vlm_rates_each_image_for_its_own_prompt(tiny_vlm):
+    """Against one forward pass for each pair, with the question and the image's places spelled out here."""
+    folder, model, ids = tiny_vlm
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (56 + 28 * (k % 3), 84, 3), dtype=np.uint8)) for k in range(10)]
+    prompts = [f"caption {'abcdefghij'[k] * (k + 1)}" for k in range(10)]
+    def expected(image, prompt):
+        patches = (image.height // 28) * (image.width // 28)
+        text = ["<|im_start|>", *"user\n", "<|vision_start|>", *["<|image_pad|>"] * patches, "<|vision_end|>",
+                *rewards.QUESTION.format(prompt=prompt), "<|im_end|>", "\n", "<|im_start|>", *"assistant\n"]
+        tokens = torch.tensor([[ids[token] for token in text]])
+        mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+        pixels = ((np.asarray(image) / 255 - mean) / std).transpose(2, 0, 1)[None].repeat(2, 0)  # [2 frames, 3, H, W]
+        h, w = image.height // 14, image.width // 14
+        pixels = pixels.reshape(1, 2, 3, h // 2, 2, 14, w // 2, 2, 14).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
+        with torch.no_grad():
+            logits = model(input_ids=tokens, pixel_values=torch.tensor(pixels.reshape(h * w, -1), dtype=torch.float32),
+                           image_grid_thw=torch.tensor([[1, h, w]]), mm_token_type_ids=(tokens == ids["<|image_pad|>"]).int()).logits
+        return max("12345", key=lambda digit: logits[0, -1, ids[digit]])
+    rate = rewards.vlm(folder)
+    digits = [int(expected(*pair)) / 5 for pair in zip(images, prompts)]
+    assert len(set(digits)) > 2
+    assert rate(images, prompts, None) == digits
+    assert [rate([image], [prompt], None)[0] for image, prompt in zip(images, prompts)] == digits
+    assert rate(images, prompts[::-1], None) == [int(expected(*pair)) / 5 for pair in zip(images, prompts[::-1])] != digits
 
 
 def test_a_rating_is_one_digit():
