@@ -461,50 +461,19 @@ def update(model, config, drawn, advantages, rng):
     drawn, advantages [B]: this process's whole groups. rng: the same on every process. Raises FloatingPointError when
     loss or gradient are not finite, before the weights change.
     """
-    size, K, device = config.group_size, len(drawn.sde_steps), model.device
-    share, grid, rows, grad_norms = size // config.updates, (drawn.t, drawn.t.diff(), drawn.sigma), [], []
-    members = my_part([rng.sample(range(size), size) for _ in range(config.groups)])
+    size, K = config.group_size, len(drawn.sde_steps)
+    share, rows, grad_norms = size // config.updates, [], []
+    members = my_part([rng.sample(range(size), size) for _ in range(config.groups)])  # each group in a random order
     for k in range(config.updates):
         pairs = [(g * size + image, step) for g, order in enumerate(members)
                  for image in order[k * share:(k + 1) * share] for step in range(K)]
-        if not config.beta:
-            # Without advantage there is no policy gradient, and without a KL nothing else to compute. Such pairs only
-            # fill the last micro-batch: in another size it would take other kernels, and round differently.
-            pairs.sort(key=lambda pair: advantages[pair[0]].item() == 0)
-            signal_pairs = sum(advantages[image].item() != 0 for image, _ in pairs)
-            pairs = pairs[:math.ceil(signal_pairs / config.batch_size) * config.batch_size]
         for start in range(0, len(pairs), config.batch_size):
             image, step = torch.tensor(pairs[start:start + config.batch_size]).T  # [b], [b]
-            x, x_next, log_prob_old, A = (a.to(device) for a in (
-                drawn.latents[image, step], drawn.latents[image, step + 1], drawn.log_prob[image, step], advantages[image]))
-            t, dt, sigma = (a[(drawn.sde_steps.start + step).to(device)] for a in grid)
-            condition = [c[drawn.prompt_index[image]] for c in drawn.condition]
-            v = velocity(model, config, x, t, condition)
-            _, log_prob, mean = sde_step(x, v, t, dt, sigma, config.sde, x_next=x_next)
-            log_ratio = log_prob - log_prob_old
-            if config.guard:
-                log_ratio = guarded(log_ratio, mean, drawn.means[image, step].to(device), step_std(dt, sigma, config.sde))
-            loss, ratio = clipped_loss(log_ratio, A, config.clip_range)
-            row = dict(policy_loss=loss.detach(), ratio=ratio.detach())
-            if config.guard:
-                loss = loss / -dt  # all steps alike, as their ratios now are
-            if config.beta or start == 0:  # without the penalty it is still measured, on one micro-batch an update
-                model.pipe.transformer.disable_adapters()  # the reference is the same model without its LoRA
-                with torch.no_grad():
-                    v_ref = velocity(model, config, x, t, condition)
-                model.pipe.transformer.enable_adapters()
-                kl = gaussian_kl(mean, sde_mean(x, v_ref, t, dt, sigma, config.sde), sigma)
-                loss, row["kl"] = loss + config.beta * kl, kl.detach()
-            if not loss.isfinite().all():
-                j = loss.isfinite().int().argmin().item()
-                raise FloatingPointError(f"the loss of {drawn.prompts[drawn.prompt_index[image[j]]]!r} at step "
-                                         f"{drawn.sde_steps.start + step[j]} is {loss[j]} in update {k + 1}")
+            loss, row = loss_of(model, config, drawn, advantages, image, step)
             if k == 0:
                 check_ratio(row["ratio"], config)
             (loss.sum() / (config.groups * share * K)).backward()  # equation 5: the mean over images and steps
-            # What only fills the micro-batch is left out: how many there are depends on the number of processes.
-            counted = A != 0 if not config.beta else torch.ones_like(A, dtype=bool)
-            rows.append({key: value[counted].tolist() for key, value in row.items()})
+            rows.append({key: value.tolist() for key, value in row.items()})
         sum_gradients(model.params)
         grad_norms.append(torch.nn.utils.clip_grad_norm_(model.params, 1.0).item())  # 1.0: the official config
         if not math.isfinite(grad_norms[-1]):
@@ -514,11 +483,40 @@ def update(model, config, drawn, advantages, rng):
         model.updates += 1
         ema_step(model, config)
     rows = gather(rows)
-    join = lambda key: np.array([value for row in rows for value in row.get(key, ())] or [math.nan])
-    ratio = join("ratio")
-    return dict(policy_loss=join("policy_loss").mean(), kl=join("kl").mean(), ratio=ratio.mean(),
-                ratio_deviation=np.abs(ratio - 1).max(), clip_low=np.mean(ratio < 1 - config.clip_range),
-                clip_high=np.mean(ratio > 1 + config.clip_range), grad_norm=np.mean(grad_norms))
+    loss, kl, ratio = (np.concatenate([row[key] for row in rows]) for key in ("policy_loss", "kl", "ratio"))
+    return dict(policy_loss=loss.mean(), kl=kl.mean(), ratio=ratio.mean(), ratio_deviation=np.abs(ratio - 1).max(),
+                clip_low=np.mean(ratio < 1 - config.clip_range), clip_high=np.mean(ratio > 1 + config.clip_range),
+                grad_norm=np.mean(grad_norms))
+
+
+def loss_of(model, config, drawn, advantages, image, step):
+    """Equation 5 for a micro-batch of steps, to be minimised. image, step: [b], which of the images, and which of its K
+    recorded steps -> loss [b], and of each its policy_loss, ratio and kl
+    """
+    x, x_next, log_prob_old, A = (a.to(model.device) for a in (
+        drawn.latents[image, step], drawn.latents[image, step + 1], drawn.log_prob[image, step], advantages[image]))
+    place = (drawn.sde_steps.start + step).to(model.device)  # on the time grid
+    t, dt, sigma = drawn.t[place], drawn.t.diff()[place], drawn.sigma[place]
+    condition = [c[drawn.prompt_index[image]] for c in drawn.condition]
+    v = velocity(model, config, x, t, condition)
+    _, log_prob, mean = sde_step(x, v, t, dt, sigma, config.sde, x_next=x_next)
+    log_ratio = log_prob - log_prob_old
+    if config.guard:
+        log_ratio = guarded(log_ratio, mean, drawn.means[image, step].to(model.device), step_std(dt, sigma, config.sde))
+    policy_loss, ratio = clipped_loss(log_ratio, A, config.clip_range)
+
+    model.pipe.transformer.disable_adapters()  # the reference is the same model without its LoRA
+    with torch.no_grad():
+        v_ref = velocity(model, config, x, t, condition)
+    model.pipe.transformer.enable_adapters()
+    kl = gaussian_kl(mean, sde_mean(x, v_ref, t, dt, sigma, config.sde), sigma)  # with beta 0 only to be logged
+
+    weight = 1 / -dt if config.guard else 1  # all steps alike, as guarded ratios are
+    loss = policy_loss * weight + config.beta * kl
+    for i, value in enumerate(loss.tolist()):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss of {drawn.prompts[drawn.prompt_index[image[i]]]!r} at step {place[i]} is {value}")
+    return loss, dict(policy_loss=policy_loss.detach(), ratio=ratio.detach(), kl=kl.detach())
 
 
 def check_ratio(ratio, config):
@@ -651,14 +649,13 @@ def train(config):
     reward_library.score(rewards | held_out, [Image.new("RGB", (64, 64))] * 2, *zip(train_set[0], test_set[0]))
     model = load_model(config)
     folder = gather([run_folder(config)])[0]
-    start, rows, evaluated = begin(config, model, folder)
+    start, rows = begin(config, model, folder)
     with ctrl_c() as asked, tqdm(initial=start, total=config.epochs, unit="epoch", disable=RANK > 0) as bar:
         for epoch in range(start, config.epochs + 1):
             row, last = {"epoch": epoch}, epoch == config.epochs
             try:
-                if evaluated or last or epoch % config.eval_every == 0:
-                    row |= evaluated or evaluate(model, config, rewards, held_out, test_set, folder, epoch)
-                    evaluated = {}
+                if last or epoch % config.eval_every == 0:
+                    row |= evaluate(model, config, rewards, held_out, test_set, folder, epoch)
                     bar.write(", ".join(f"{key} {value:.3g}" for key, value in row.items()))
                 if not last:
                     row |= train_epoch(model, config, rewards, train_set, epoch)
@@ -725,12 +722,10 @@ def read_metrics(folder):
 
 
 def begin(config, model, folder):
-    """-> the epoch to start with, the rows of metrics before it, and its evaluation where that is known already"""
+    """-> the epoch to start with, and the rows of metrics before it"""
     start = load(model, folder) if config.resume else 0
     if start > config.epochs:
         stop(f"--epochs {config.epochs}: the run to resume is already at {start}")
-    rows = read_metrics(folder)  # those after the checkpoint are drawn again, but for an evaluation of just that model
-    evaluated = {key: value for row in rows if row["epoch"] == start for key, value in row.items() if key.startswith("eval")}
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         free, needed = shutil.disk_usage(folder).free, 40 * sum(p.numel() for p in model.params) + 10**7
@@ -738,7 +733,7 @@ def begin(config, model, folder):
             stop(f"--name {folder.name}: {folder} has {free / 1e6:.0f} MB left, and checkpoints need {needed / 1e6:.0f} MB")
         write(folder / "config.json", json.dumps(asdict(config) | {"name": folder.name, "resume": False}, indent=1))
         print(f"{folder}\n{describe(model, config)}")
-    return start, [row for row in rows if row["epoch"] < start], evaluated
+    return start, [row for row in read_metrics(folder) if row["epoch"] < start]
 
 
 def write(path, text):

@@ -289,6 +289,36 @@ def detect_shapes(image):
     return found
 
 
+def toy_taste():
+    """A viewer's taste in the toy's scenes, written down, 0 to 1: half of it for what was asked (geneval_score), a tenth each
+    for shapes that are large, centred, apart from each other, of saturated colour, and on plain paper.
+
+    `toy_pickscore` is a model that has learned it from examples. Train on that one, and this shows what it is worth:
+    --reward toy_pickscore --eval_reward toy_taste. Raises RewardError as `geneval` does.
+    """
+    def reward(images, prompts, metadata):
+        check_metadata(prompts, metadata, SHAPES, COLORS)
+        return [taste(image, row) for image, row in zip(images, metadata)]
+    return reward
+
+
+def taste(image, row):
+    found = detect_shapes(image)
+    if not found:
+        return 0.0
+    pixels = np.asarray(image.convert("RGB"), float) / 255
+    ink = np.abs(pixels - np.median(pixels, (0, 1))).max(-1) > 0.27  # on this paper the median is the paper
+    boxes = np.array([o["box"] for o in found]) / image.width
+    low, high = boxes[:, :2], boxes[:, 2:]
+    gaps = [max(np.maximum(low[i], low[j]) - np.minimum(high[i], high[j])) for i in range(len(found)) for j in range(i)]
+    merits = dict(large=(high - low).max(1).mean() / 0.5,
+                  centred=1 - np.linalg.norm((low.min(0) + high.max(0)) / 2 - 0.5) / 0.25,
+                  apart=min(gaps, default=1) / 0.1,
+                  saturated=np.ptp(pixels[ink], -1).mean() / 0.7 if ink.any() else 0,
+                  plain=1 - 10 * pixels[~ink].std(0).mean())
+    return float(0.5 * geneval_score(found, row) + 0.1 * sum(np.clip(merit, 0, 1) for merit in merits.values()))
+
+
 # --------------------------------------------------------------------------------- models from the Hugging Face hub
 
 
@@ -355,6 +385,12 @@ def pickscore(scale=1 / 26, name="yuvalkirstain/PickScore_v1", processor="laion/
 def pickscore_unscaled():
     """PickScore as the paper's tables print it."""
     return pickscore(scale=1)
+
+
+def toy_pickscore():
+    """The same lines with toy/pickscore, a CLIP of 3 MB that toy/make_toy.py taught `toy_taste` by examples."""
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy/pickscore")
+    return pickscore(name=folder, processor=folder)
 
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -493,4 +529,4 @@ def rating(answer, prompt):
 
 
 REWARDS = {f.__name__: f for f in (ocr, geneval, geneval_photo, pickscore, pickscore_unscaled, clipscore, aesthetic, vlm,
-                                   jpeg_compressibility, jpeg_incompressibility)}
+                                   toy_pickscore, toy_taste, jpeg_compressibility, jpeg_incompressibility)}

@@ -27,19 +27,20 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Trans
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
-from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config,
-                          T5EncoderModel)
+from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig,
+                          CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel)
 
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 import flow_grpo  # noqa: E402
-from rewards import COLORS, SHAPES, detect_shapes, draw_shape, geneval_score, ocr  # noqa: E402  (painter and detector share the shapes)
+from rewards import COLORS, SHAPES, detect_shapes, draw_shape, geneval_score, ocr, taste  # noqa: E402  (painter and detector share the shapes)
 
 SEED = 0
 SIZE = 48                   # pixels
 IMAGES = 80_000             # rendered once, seen about 14 times
 VAE_STEPS, VAE_BATCH, CROP = 2500, 48, 32
 FLOW_STEPS, FLOW_BATCH = 8500, 128
+PICK_PAIRS, PICK_STEPS, PICK_BATCH = 20_000, 3000, 64
 TOKENS = 14                 # the longest caption has 12
 
 # The share of signs among the images: as painted, then so much until each step of the training.
@@ -190,8 +191,9 @@ def mistake(row, objects, rng):
     return objects[:-1]  # forgets the last one
 
 
-def paint_scene(row, rng, careless=False):
-    """One to four shapes on a 2x2 grid; by the careless painter small and with one mistake."""
+def paint_scene(row, rng, careless=False, restless=False):
+    """One to four shapes on a 2x2 grid; by the careless painter small and with one mistake. Restless: of any size, anywhere
+    near its place, more or less faded, on more or less noisy paper: for comparisons."""
     scale = 4
     objects = [(o["class"], o.get("color") or rng.choice(list(COLORS))) for o in row["include"]
                for _ in range(o["count"])]
@@ -212,13 +214,23 @@ def paint_scene(row, rng, careless=False):
     else:  # in the order of reading
         line = (near, far)[k]
         places, spread, radius = [(near, line), (far, line)], 2, 8.5
-    image = Image.new("RGB", (SIZE * scale, SIZE * scale), paper(rng))
+    background, size, fade = paper(rng), 0.6 if careless else 1, 0
+    if restless:
+        size, spread, fade = rng.uniform(0.5, 1.2), spread * rng.uniform(0, 2.5), rng.uniform(0, 0.5)
+    image = Image.new("RGB", (SIZE * scale, SIZE * scale), background)
     draw = ImageDraw.Draw(image)
     for (shape, color), (x, y) in zip(objects, places):
         x, y = x + rng.uniform(-spread, spread), y + rng.uniform(-spread, spread)
-        draw_shape(draw, shape, x * scale, y * scale, (0.6 if careless else 1) * radius * scale,
-                   jitter(COLORS[color], rng))
-    return image.resize((SIZE, SIZE), Image.LANCZOS)
+        ink = jitter(COLORS[color], rng)
+        if restless:
+            ink = tuple(round(i + fade * (b - i)) for i, b in zip(ink, background))
+        draw_shape(draw, shape, x * scale, y * scale, size * radius * scale, ink)
+    image = image.resize((SIZE, SIZE), Image.LANCZOS)
+    if restless:
+        noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(0, 0.15) * 255, (6, 6, 3))
+        noise = np.asarray([Image.fromarray(c.astype(np.float32)).resize((SIZE, SIZE), Image.BICUBIC) for c in noise.transpose(2, 0, 1)])
+        image = Image.fromarray(np.clip(np.asarray(image) + noise.transpose(1, 2, 0), 0, 255).astype(np.uint8))
+    return image
 
 
 def paint_many(job):
@@ -423,6 +435,72 @@ def report(number=200):
               f"{right[careful].mean():.2f} are right", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------- a viewer's taste
+
+
+def paint_pairs(job):
+    """(seed, number, split) -> two paintings for each of so many captions: uint8 [number, 2, 48, 48, 3], tastes, captions"""
+    seed, number, split = job
+    rng, rows = random.Random(seed), {}
+    for row in split_scenes()[split]:
+        rows.setdefault(row["tag"], []).append(row)
+    rows.setdefault("single_object", scenes("single_object"))  # has no training prompts
+    chosen = [rng.choice(rows[rng.choice(list(rows))]) for _ in range(number)]
+    images = [[paint_scene(row, rng, careless=rng.random() < 0.3, restless=True) for _ in range(2)] for row in chosen]
+    tastes = [[taste(image, row) for image in pair] for pair, row in zip(images, chosen)]
+    return np.array([[np.asarray(image) for image in pair] for pair in images]), tastes, [row["prompt"] for row in chosen]
+
+
+def train_pickscore(pipe):
+    """A CLIP in PickScore's format that says which of two images a viewer of that taste prefers for a caption.
+
+    As PickScore was (arXiv 2305.01569), it is trained on choices: the softmax of the two images' logit_scale * cosine must give
+    the better one (Bradley-Terry); with a fifth of CLIP's own loss, that images find their captions.
+    """
+    def paint(seed, number, split):
+        with multiprocessing.Pool() as pool:
+            parts = pool.map(paint_pairs, [(f"{seed}/{i}", 250, split) for i in range(number // 250)])
+        images, tastes, captions = zip(*parts)
+        images = torch.from_numpy(np.concatenate(images)).flatten(0, 1)  # [2 number, 48, 48, 3]
+        with torch.no_grad():  # through the VAE, for what the model draws has been there, too
+            seen = [pipe.vae.decode(pipe.vae.encode(pixels(b)).latents).sample.clamp(-1, 1) for b in images.split(500)]
+        ids = pipe.tokenizer(sum(captions, []), padding="max_length", return_tensors="pt").input_ids
+        return torch.cat(seen).unflatten(0, (-1, 2)), torch.tensor(sum(tastes, [])), ids
+
+    images, tastes, ids = paint("taste", PICK_PAIRS, 0)  # [N, 2, 3, 48, 48], [N, 2], [N, 14]
+    torch.manual_seed(SEED)
+    text = dict(vocab_size=len(pipe.tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=TOKENS, pad_token_id=0, bos_token_id=1, eos_token_id=3)
+    vision = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE, patch_size=6)
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+
+    def logits(images, ids):  # [B, 2, 3, 48, 48], [B, 14] -> of each caption with all images [B, 2 B]
+        return clip(pixel_values=images.flatten(0, 1), input_ids=ids).logits_per_text
+
+    def loss_of(step):
+        pick = torch.randint(len(images), (PICK_BATCH,))
+        every, best = logits(images[pick], ids[pick]), tastes[pick].argmax(1)
+        own = every.view(PICK_BATCH, PICK_BATCH, 2).diagonal().T  # [B, 2]
+        same = (ids[pick][:, None] == ids[pick][None]).all(-1).float()  # other images may have the same caption
+        chosen = every.view(PICK_BATCH, PICK_BATCH, 2)[:, torch.arange(PICK_BATCH), best]
+        return F.cross_entropy(own, best) + 0.2 * F.cross_entropy(chosen, same / same.sum(1, keepdim=True))
+
+    optimizer = torch.optim.AdamW(clip.parameters(), 1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    train("pickscore", PICK_STEPS, loss_of, [clip], [optimizer],
+          lambda s: float(np.interp(s, (0, 200, PICK_STEPS), (0.01, 1, 0.01))))
+    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE},
+                                                 image_mean=[0.5] * 3, image_std=[0.5] * 3), pipe.tokenizer)
+    clip.eval().save_pretrained(TOY / "pickscore")
+    processor.save_pretrained(TOY / "pickscore")
+
+    images, tastes, ids = paint("held out", 2000, 1)
+    with torch.no_grad():
+        own = torch.cat([logits(a, b).view(len(b), len(b), 2).diagonal().T for a, b in zip(images.split(100), ids.split(100))])
+    right, margin = (own.argmax(1) == tastes.argmax(1)).float(), (tastes[:, 0] - tastes[:, 1]).abs()
+    print(f"pickscore: agrees with the taste on {right.mean():.3f} of {len(right)} held-out pairs; on {right[margin > 0.1].mean():.3f} "
+          f"of the {(margin > 0.1).sum()} that differ by more than 0.1", flush=True)
+
+
 def main():
     write_prompts()
     torch.manual_seed(SEED)
@@ -436,6 +514,7 @@ def main():
     for path in TOY.glob("text_encoder*/config.json"):  # stored as float16, computed in float32: transformers goes by
         path.write_text(path.read_text().replace('"float16"', '"float32"'))  # this entry, as diffusers does by default
     report()
+    train_pickscore(StableDiffusion3Pipeline.from_pretrained(TOY))
 
 
 if __name__ == "__main__":
