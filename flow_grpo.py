@@ -192,10 +192,10 @@ class Config:
     guidance: float = opt(1.0, "classifier-free guidance, in sampling and training alike; 1 is off and twice as fast; FLUX: its distilled guidance", least=1)
     # learning
     updates: int = opt(2, "optimizer steps an epoch; the first is on-policy, the others need the clipping", least=1)
-    learning_rate: float = opt(2e-3, "of AdamW", least=1e-12)
+    learning_rate: float = opt(1.5e-3, "of AdamW", least=1e-12)
     clip_range: float = opt(1e-3, "epsilon: how far a ratio may leave 1; small, because log-probabilities are averages", least=1e-12)
     guard: bool = opt(False, "GRPO-Guard (arXiv 2510.22319): ratios centred on 1 and of one scale at all steps; needs a clip range about 1e-6")
-    beta: float = opt(0.05, "weight of the KL to the model as it was: more keeps its quality and diversity, and slows the reward", least=0)
+    beta: float = opt(0.1, "weight of the KL to the model as it was: more keeps its quality and diversity, and slows the reward", least=0)
     std_over: str = opt("batch", "whose standard deviation divides the advantages", choices=("batch", "group"))
     lora_rank: int = opt(32, "size of what is trained", least=1)
     lora_alpha: int = opt(64, "the LoRA's output is scaled by alpha / rank", least=1)

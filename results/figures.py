@@ -1,0 +1,122 @@
+"""Draws the figures of results/README.md: python results/figures.py
+
+The first two are computed here, from flow_grpo.py's own functions; the others are read from the runs' metrics.jsonl.
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+RESULTS = Path(__file__).resolve().parent
+OUT = RESULTS / "figures"
+sys.path.insert(0, str(RESULTS.parent))
+import flow_grpo  # noqa: E402
+
+
+def marginals(samples=100_000, T=40, noise_level=0.7):
+    """The distribution of x_t for one-dimensional data of which the exact velocity is known: by the ODE, by the SDE, and by the
+    ODE with the SDE's noise but without its drift."""
+    weights, means, stds = (torch.tensor(a) for a in ([0.4, 0.6], [-1.5, 1.0], [0.2, 0.4]))
+
+    def velocity(x, t):  # E[noise - data | x_t = x], x: [B, 1]
+        variance = (1 - t) ** 2 * stds**2 + t**2
+        log_part = weights.log() - (x - (1 - t) * means) ** 2 / (2 * variance) - variance.log() / 2
+        scaled = (x - (1 - t) * means) / variance  # [B, 2]
+        data, noise = means + (1 - t) * stds**2 * scaled, t * scaled
+        return (log_part.softmax(1) * (noise - data)).sum(1, keepdim=True)
+
+    t = torch.linspace(1, 0, T + 1)
+    sigma, dt = flow_grpo.sde_noise(t, noise_level), t.diff()
+    torch.manual_seed(0)
+    start = torch.randn(samples, 1)
+    paths = {"ODE": [start], "SDE": [start], "noise without the drift": [start]}
+    for i in range(T):
+        args = [a.expand(samples) for a in (t[i], dt[i], sigma[i])]
+        for name, path in paths.items():
+            x = path[-1]
+            v, ode = velocity(x, t[i]), name == "ODE" or i == T - 1
+            if name == "SDE" and not ode:
+                x = flow_grpo.sde_step(x, v, *args, noise=torch.randn_like(x))[0]
+            else:
+                x = x + v * dt[i] + (0 if ode else sigma[i] * (-dt[i]).sqrt() * torch.randn_like(x))
+            path.append(x)
+    shown = [10, 20, 30, 36, 40]
+    figure = Figure(figsize=(12, 2.8), layout="constrained")
+    for axes, i in zip(figure.subplots(1, len(shown)), shown):
+        for name, color, style in (("ODE", "black", "-"), ("SDE", "tab:orange", "--"), ("noise without the drift", "tab:gray", ":")):
+            counts, edges = np.histogram(paths[name][i].numpy(), 80, (-3.5, 3.5), density=True)
+            axes.plot((edges[1:] + edges[:-1]) / 2, counts, style, color=color, label=name)
+        axes.set(title=f"t = {t[i]:.2f}", yticks=[])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(OUT / "marginals.png", dpi=110)
+
+
+def paths(prompt='a sign that says "SNOW"', T=10, seed=3, cell=96):
+    """One image's latents, decoded after each step: by the ODE, and by SDEs of two noise levels from the same first noise."""
+    config = flow_grpo.parse_config([])
+    model = flow_grpo.load_model(config)
+    pipe, t = model.pipe, flow_grpo.time_grid(model.pipe, config, T)
+    condition = flow_grpo.encode(pipe, config, [prompt])
+    rows = [("ODE", 0), ("SDE, a = 0.7", 0.7), ("SDE, a = 0.7", 0.7), ("SDE, a = 1.5", 1.5)]
+    strip = Image.new("RGB", (110 + (T + 1) * cell, len(rows) * cell + 20), "white")
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(13)
+    for r, (name, a) in enumerate(rows):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(1, pipe.vae.config.latent_channels, 12, 12, generator=generator)
+        generator.manual_seed(seed + r + 100)
+        sigma, dt = flow_grpo.sde_noise(t, a), t.diff()
+        draw.text((4, 20 + r * cell + 40), name, font=font, fill="black")
+        for i in range(T + 1):
+            strip.paste(flow_grpo.decode(pipe, x)[0].resize((cell - 4, cell - 4)), (110 + i * cell, 20 + r * cell))
+            draw.text((110 + i * cell + 4, 2), f"t = {t[i]:.2g}", font=font, fill="black")
+            if i < T:
+                with torch.no_grad():
+                    v = flow_grpo.velocity(model, config, x, t[i:i + 1], condition)
+                if a and i < T - 1:
+                    noise = torch.randn(x.shape, generator=generator)
+                    x = flow_grpo.sde_step(x, v, t[i:i + 1], dt[i:i + 1], sigma[i:i + 1], noise=noise)[0]
+                else:
+                    x = x + v * dt[i]
+    strip.save(OUT / "paths.png")
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (RESULTS / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curves(name, runs, title, seconds=False):
+    """Training reward (smoothed over three epochs) and evaluated accuracy of some runs. runs: {folder: label}"""
+    runs = {run: label for run, label in runs.items() if (RESULTS / run / "metrics.jsonl").exists()}
+    figure = Figure(figsize=(5.5 * (1 + seconds), 3.6), layout="constrained")
+    for axes, by_time in zip(np.atleast_1d(figure.subplots(1, 1 + seconds)), (False, True)):
+        for run, label in runs.items():
+            rows = [row for row in rows_of(run) if "reward" in row]
+            reward = np.convolve([row["reward"] for row in rows], np.ones(3) / 3, "valid")
+            spent = np.cumsum([sum(row[f"seconds_{part}"] for part in ("sampling", "reward", "update")) for row in rows])
+            axes.plot(spent[1:-1] if by_time else range(1, len(rows) - 1), reward, label=label)
+        axes.set(title=title, xlabel="seconds of training" if by_time else "epoch", ylabel="training reward")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(OUT / f"{name}.png", dpi=110)
+
+
+def strip(name, folder, epochs, columns=8):
+    """The same prompts and seeds over the training: the first row of samples/<epoch>.png."""
+    pictures = [Image.open(RESULTS / folder / f"samples/{epoch:04d}.png") for epoch in epochs]
+    width, height = pictures[0].width, 178
+    image = Image.new("RGB", (width + 90, height * len(pictures)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    for i, (epoch, picture) in enumerate(zip(epochs, pictures)):
+        image.paste(picture.crop((0, 0, width, height)), (90, i * height))
+        draw.text((4, i * height + 65), f"epoch {epoch}", font=font, fill="black")
+    image.save(OUT / f"{name}.png")
+
+
+if __name__ == "__main__":
+    OUT.mkdir(exist_ok=True)
+    marginals()
+    paths()
