@@ -15,7 +15,8 @@ raise. Flow-GRPO's answer:
 Symbols (diffusers calls t `sigma` and has no name for sigma_t)
   t          time: 1 is noise, 0 is data, x_t = (1-t) x_0 + t noise; sampling runs from 1 to 0, so dt < 0
   x, v       latents, and the velocity dx/dt = noise - data, which the network predicts
-  sigma_t    how much noise the SDE adds, a sqrt(t/(1-t)); a is `noise_level`; `sigma` in the code
+  sigma_t    how much noise the SDE adds, a sqrt(t/(1-t)); a is `noise_level`; `sigma` in the code (with --sde cps, where
+             the formula is another, sigma is the std itself)
   mean, std  of the Gaussian step from x_t to x_{t+dt}
 
 Where paper and official code (github.com/yifan123/flow_grpo) disagree this file follows the code, as the paper's
@@ -23,16 +24,15 @@ numbers came from it: log-probabilities are averaged over the latent's dimension
 advantages are divided by the standard deviation of the whole batch (the paper's: --std_over group); the last step is
 not trained. Each is marked PAPER/CODE at its line. In the paper all steps are stochastic (--window 0); by default
 here only two are, at a random place, which is the authors' later and faster Flow-GRPO-Fast. Their other additions
-are one option each: --sde cps, --guard, and training without guidance, --guidance 1.
+are options, too: --sde cps, --guard, and training without guidance, --guidance 1.
 
-Chapters 1 to 7 are the method, in the order of understanding; 8 to 10 are files, processes and the command line. Of
-those the method uses stop(), which ends the run with one line, and RANK, my_part() and gather(), which are 0, "all of
-it" and "the same" as long as there is one process.
+Chapters 1 to 7 are the method, in the order of understanding; 8 to 10 are files, processes and the command line. With
+one process RANK is 0, and my_part() and gather() return what they are given.
 
   python flow_grpo.py                                       # a colour reward on the embedded toy model
   python flow_grpo.py --reward ocr                          # teach it to write, judged by a real OCR engine
-  python flow_grpo.py --reward ocr --preset sd3.5-medium    # the paper's setting, on a GPU
-  accelerate launch flow_grpo.py --reward ocr --preset sd3.5-medium    # the same on all GPUs
+  python flow_grpo.py --reward ocr --preset sd3.5-medium --dataset FOLDER             # the paper's setting, on a GPU
+  accelerate launch flow_grpo.py --reward ocr --preset sd3.5-medium --dataset FOLDER  # the same on all GPUs
 """
 import argparse
 import contextlib
@@ -58,7 +58,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import rewards as reward_library
+import rewards
 
 # --------------------------------------------------------------------------------------------------- 1. mathematics
 # Pure functions on tensors. All of it is float32, whatever the network computes in: a ratio is the exponential of a
@@ -88,8 +88,8 @@ def sde_mean(x, v, t, dt, sigma, sde="flow"):
 
     flow: equation 9, without its noise. To keep the marginals of the ODE dx = v dt, the noise is balanced by a drift
     towards more likely x: along the score, which is -(x + (1-t) v) / t (equation 27).
-    cps: x_t consists of data and noise; mix the two anew for t + dt, with only so much of the old noise that the new
-    noise fills it up to t + dt. So the total noise is right at every step, however large the step.
+    cps: split x_t into the data and the noise that v predicts, and mix them anew for t + dt: less of the old noise, so
+    that old and fresh noise together have the std t + dt, however large the step.
     """
     x, v = x.float(), v.float()
     t, dt, sigma = (a.view(-1, *[1] * (x.ndim - 1)) for a in (t, dt, sigma))  # [B, 1, ...]
@@ -120,7 +120,8 @@ def gaussian_kl(mean, mean_ref, sigma):
     """KL between two SDE steps that differ in their means. mean, mean_ref: [B, ...]; sigma: [B] -> [B]
 
     PAPER/CODE: the paper prints the variance sigma^2 |dt|; the code leaves out dt and averages over the dimensions.
-    The paper's beta = 0.04 belongs to the code's form. (For cps sigma is the std, and this is the KL itself.)
+    The paper's beta = 0.04 belongs to the code's form. (For cps, where sigma is the std, this is the KL by dimension: as if
+    dt were there, so that the same beta weighs about ten times as much at T = 10.)
     """
     return ((mean - mean_ref) ** 2).flatten(1).mean(1) / (2 * sigma**2)
 
@@ -187,11 +188,11 @@ class Config:
     train_steps: int = opt(10, "T while training: few steps are enough to tell good from bad (denoising reduction)", least=2)
     eval_steps: int = opt(40, "T of the evaluation", least=2)
     noise_level: float = opt(0.7, "a in sigma_t: too little explores nothing, too much spoils the images", least=1e-6)
-    window: int = opt(2, "SDE in so many successive steps at a random place in the noisy half, only they are trained; 0: in all but the last", least=0)
+    window: int = opt(2, "so many successive SDE steps, at a random place in the noisy half; only they are trained; 0: all but the last step", least=0)
     sde: str = opt("flow", "flow is the paper's; cps, coefficient-preserving sampling (arXiv 2509.05952), leaves no noise in the image", choices=("flow", "cps"))
     guidance: float = opt(1.0, "classifier-free guidance, in sampling and training alike; 1 is off and twice as fast; FLUX: its distilled guidance", least=1)
     # learning
-    updates: int = opt(2, "optimizer steps an epoch; the first is on-policy, the others need the clipping", least=1)
+    updates: int = opt(2, "optimizer steps an epoch; in the first all ratios are 1, clipping acts on the later ones", least=1)
     learning_rate: float = opt(1.5e-3, "of AdamW", least=1e-12)
     clip_range: float = opt(1e-3, "epsilon: how far a ratio may leave 1; small, because log-probabilities are averages", least=1e-12)
     guard: bool = opt(False, "GRPO-Guard (arXiv 2510.22319): ratios centred on 1 and of one scale at all steps; needs a clip range about 1e-6")
@@ -200,8 +201,8 @@ class Config:
     lora_rank: int = opt(32, "size of what is trained", least=1)
     lora_alpha: int = opt(64, "the LoRA's output is scaled by alpha / rank", least=1)
     ema_decay: float = opt(0.9, "of the averaged weights that are evaluated and saved; 0 is off", least=0)
-    ema_every: int = opt(1, "updates between two steps of that average", least=1)
-    batch_size: int = opt(64, "samples in one forward pass: memory and speed, and the result only in its rounding", least=1)
+    ema_every: int = opt(1, "average the weights after every so many updates", least=1)
+    batch_size: int = opt(64, "samples in one forward pass: changes memory and speed, and results only by rounding", least=1)
     # evaluation
     eval_prompts: int = opt(60, "so many prompts of the test file; 0 is all", least=0)
     eval_per_prompt: int = opt(2, "images of each, from the same seeds every time; from 2 on they measure diversity", least=1)
@@ -219,8 +220,8 @@ PRESETS = {
     "flux.1-dev": PAPER | dict(model="black-forest-labs/FLUX.1-dev", train_steps=6, eval_steps=28, guidance=3.5, noise_level=0.9,
                                beta=0.0, lora_rank=64, lora_alpha=128, batch_size=4, gradient_checkpointing=True),
 }
-MAY_CHANGE = ("resume", "epochs", "eval_every", "save_every", "batch_size", "gradient_checkpointing", "offload",
-              "eval_reward")  # when a run is resumed
+MAY_CHANGE = ("resume", "epochs", "eval_every", "save_every", "learning_rate", "batch_size", "gradient_checkpointing",
+              "offload", "eval_reward")  # when a run is resumed
 
 
 # --------------------------------------------------------------------------------------------------------- 3. model
@@ -304,11 +305,11 @@ def encode(pipe, config, prompts):
     for module in text_encoders(pipe):
         module.to(device)
     for i in range(0, len(prompts), config.batch_size):
-        micro, length = prompts[i:i + config.batch_size], config.max_sequence_length
+        batch, length = prompts[i:i + config.batch_size], config.max_sequence_length
         if is_flux(pipe):
-            embeds, pooled, _ = pipe.encode_prompt(micro, None, device=device, max_sequence_length=length)
+            embeds, pooled, _ = pipe.encode_prompt(batch, None, device=device, max_sequence_length=length)
         else:  # the two that are left out would be the negative prompt's
-            embeds, _, pooled, _ = pipe.encode_prompt(micro, None, None, device=device, do_classifier_free_guidance=False,
+            embeds, _, pooled, _ = pipe.encode_prompt(batch, None, None, device=device, do_classifier_free_guidance=False,
                                                       max_sequence_length=length)
         parts.append((embeds.cpu(), pooled.cpu()))
     for module in text_encoders(pipe) if config.offload else ():
@@ -319,8 +320,8 @@ def encode(pipe, config, prompts):
 def velocity(model, config, x, t, condition):
     """The network, with classifier-free guidance. x: [B, C, H, W], t: [B] -> v [B, C, H, W], float32
 
-    Sampling and training both come through here: the same guidance in both, and gradients through both of its
-    branches. Otherwise the ratio would compare two different policies.
+    Sampling and training both come through here. With another guidance in either the ratio would compare two policies; and
+    without gradients through both branches they would not be this policy's.
     """
     embeds, pooled = (c.to(x.device) for c in condition)
     guided = config.guidance != 1 and not is_flux(model.pipe)  # FLUX has learned to guide itself
@@ -431,16 +432,16 @@ def rollout(model, config, prompts, seeds, T, sde_steps, on_images=lambda images
             x = normal(generators)  # [b, C, H, W]
             path, means, log_probs = [], [], []
             for i in range(T):
-                now, step, s = (a.expand(len(x)) for a in (t[i], dt[i], sigma[i]))
-                v = velocity(model, config, x, now, [c[prompt_index[micro]] for c in condition])
+                t_i, dt_i, sigma_i = (a[i].expand(len(x)) for a in (t, dt, sigma))  # [b]
+                v = velocity(model, config, x, t_i, [c[prompt_index[micro]] for c in condition])
                 if i in sde_steps:
                     path = path or [x.cpu()]
-                    x, log_prob, mean = sde_step(x, v, now, step, s, config.sde, noise=normal(generators))
+                    x, log_prob, mean = sde_step(x, v, t_i, dt_i, sigma_i, config.sde, noise=normal(generators))
                     path.append(x.cpu())
                     means += [mean.cpu()] if config.guard else []
                     log_probs.append(log_prob.cpu())
                 else:
-                    x = x + v * step.view(-1, 1, 1, 1)
+                    x = x + v * dt[i]
                 for image, finite in enumerate(x.isfinite().flatten(1).all(1).tolist()):
                     if not finite:
                         raise FloatingPointError(f"the latents of {prompts[start + image]!r} are not finite after step {i}")
@@ -520,35 +521,39 @@ def loss_of(model, config, drawn, advantages, image, step):
 
 
 def check_ratio(ratio, config):
-    """Before the first optimizer step the policy is still the one that sampled, so each ratio is 1 up to rounding."""
-    deviation, rounding = (ratio - 1).abs().max().item(), 1e-4 if config.precision == "fp32" else 1e-3
-    if not deviation <= rounding:
+    """Before the first optimizer step the policy is still the one that sampled, so each ratio is 1 up to rounding.
+
+    What is let through must not matter: it stays below half of the clip range.
+    """
+    deviation = (ratio - 1).abs().max().item()
+    if not deviation <= min(1e-4, max(config.clip_range / 2, 1e-5)):
         stop(f"the ratio is off by {deviation:.2g} before the first update, where it must be 1: sampling and training "
-             "do not compute the same log-probability (precision, guidance, dropout, or a changed rollout)")
+             "do not compute the same log-probability (guidance, dropout, a changed rollout, or, with bf16, micro-batches of another "
+             "size: let --batch_size divide the images)")
 
 
 def ema_step(model, config):
     """The decay grows with the number of updates, so that the average is not stuck at the start (official ema.py)."""
     if model.updates % config.ema_every == 0:
         decay = min(config.ema_decay, (1 + model.updates) / (10 + model.updates))
-        for mean, p in zip(model.ema, model.params):
-            mean.lerp_(p.detach(), 1 - decay)
+        for average, p in zip(model.ema, model.params):
+            average.lerp_(p.detach(), 1 - decay)
 
 
 def swap_ema(model):
     """Exchange weights and averaged weights; a second call puts them back."""
-    for mean, p in zip(model.ema, model.params):
-        p.data, mean.data = mean.data, p.data
+    for average, p in zip(model.ema, model.params):
+        p.data, average.data = average.data, p.data
 
 
 # ---------------------------------------------------------------------------------------------------- 6. evaluation
 
 
-def evaluate(model, config, rewards, held_out, test_set, folder, epoch):
+def evaluate(model, config, reward_functions, watched, test_set, folder, epoch):
     """Draw the test prompts by the ODE with the averaged weights, from the same seeds every time -> metrics
 
-    rewards, held_out: as rewards.load gives them; of the second only the scores are noted. Image j of test prompt i
-    has the seed i * eval_per_prompt + j. Accuracy is the share of images whose (first) reward is 1, the most that OCR
+    reward_functions, watched: as rewards.load gives them; those of --eval_reward are only noted. Image j
+    of test prompt i has the seed i * eval_per_prompt + j. Accuracy is the share of images whose (first) reward is 1, the most that OCR
     and GenEval give: the whole word was read, every object is as asked.
     """
     per_prompt = config.eval_per_prompt
@@ -558,11 +563,11 @@ def evaluate(model, config, rewards, held_out, test_set, folder, epoch):
     swap_ema(model)
     images = rollout(model, config, prompts, seeds, config.eval_steps, range(0)).images
     swap_ema(model)
-    scores = reward_library.score(rewards, images, prompts, metadata)
-    if held_out:
-        scores = reward_library.score(held_out, images, prompts, metadata) | scores  # the same name: the same score
+    scores = rewards.score(reward_functions, images, prompts, metadata)
+    if watched:
+        scores = rewards.score(watched, images, prompts, metadata) | scores  # the same name: the same score
     scores = {name: np.array(gather(values)) for name, values in scores.items()}
-    total, right = scores.pop("reward"), scores[next(iter(rewards))] >= 1
+    total, right = scores.pop("reward"), scores[next(iter(reward_functions))] == 1
     metrics = dict(eval_reward=total.mean(), eval_accuracy=right.mean(),
                    eval_diversity=np.mean(gather(distances(images, per_prompt)) or [math.nan]))
     if len(scores) > 1:
@@ -591,7 +596,7 @@ def draw_grid(shown, scores, path, cell=150):
     columns, rows = GRID
     grid = Image.new("RGB", (columns * cell, rows * (cell + 28)), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
-    for k, ((image, prompt), score) in enumerate(list(zip(shown, scores))[:columns * rows]):
+    for k, ((image, prompt), score) in enumerate(zip(shown, scores)):
         x, y = k % columns * cell, k // columns * (cell + 28)
         grid.paste(image.resize((cell - 6, cell - 6), Image.LANCZOS), (x + 3, y))
         text = prompt if len(prompt) < 27 else prompt[:24] + "..."
@@ -609,7 +614,7 @@ def redness(images, prompts, metadata):
     return [r - max(g, b) for r, g, b in means]
 
 
-def train_epoch(model, config, rewards, train_set, epoch):
+def train_epoch(model, config, reward_functions, train_set, epoch):
     """Sample, score, update -> metrics. All of an epoch's randomness comes from (seed, epoch), on all processes alike."""
     rng, clock = random.Random(f"{config.seed}/{epoch}"), [time.time()]
     repeats = math.ceil(config.groups / len(train_set))  # more than 1 only for a dataset smaller than one epoch
@@ -621,7 +626,7 @@ def train_epoch(model, config, rewards, train_set, epoch):
     with ThreadPoolExecutor(1) as pool:  # rewards are computed while the next images are drawn
         parts = []
         drawn = rollout(model, config, prompts, seeds, config.train_steps, sde_steps, lambda images, micro: parts.append(
-            pool.submit(reward_library.score, rewards, images, prompts[micro], metadata[micro])))
+            pool.submit(rewards.score, reward_functions, images, prompts[micro], metadata[micro])))
         clock.append(time.time())
         parts = [part.result() for part in parts]
     scores = {name: gather([value for part in parts for value in part[name]]) for name in parts[0]}
@@ -644,26 +649,28 @@ def train(config):
     train_set, test_set = load_prompts(config, "train"), load_prompts(config, "test")
     if len(test_set) < WORLD:
         stop(f"--dataset {config.dataset}: has {len(test_set)} test prompts, and each of the {WORLD} processes needs one")
-    rewards, held_out = (reward_library.load(spec) if spec else {} for spec in (config.reward, config.eval_reward))
-    # What does not fit shows here, not after the first epoch.
-    reward_library.score(rewards | held_out, [Image.new("RGB", (64, 64))] * 2, *zip(train_set[0], test_set[0]))
-    model = load_model(config)
     folder = gather([run_folder(config)])[0]
+    config.name = folder.name
+    reward_functions, watched = (rewards.load(spec) if spec else {} for spec in (config.reward, config.eval_reward))
+    prompts, metadata = zip(train_set[0], test_set[0])  # what does not fit shows here, not after the first epoch
+    rewards.score(reward_functions | watched, [Image.new("RGB", (64, 64))] * 2, prompts, metadata)
+    model = load_model(config)
     start, rows = begin(config, model, folder)
     with ctrl_c() as asked, tqdm(initial=start, total=config.epochs, unit="epoch", disable=RANK > 0) as bar:
         for epoch in range(start, config.epochs + 1):
             row, last = {"epoch": epoch}, epoch == config.epochs
             try:
                 if last or epoch % config.eval_every == 0:
-                    row |= evaluate(model, config, rewards, held_out, test_set, folder, epoch)
-                    bar.write(", ".join(f"{key} {value:.3g}" for key, value in row.items()))
+                    row |= evaluate(model, config, reward_functions, watched, test_set, folder, epoch)
+                    if RANK == 0:
+                        bar.write(", ".join(f"{key} {value:.3g}" for key, value in row.items() if math.isfinite(value)))
                 if not last:
-                    row |= train_epoch(model, config, rewards, train_set, epoch)
+                    row |= train_epoch(model, config, reward_functions, train_set, epoch)
                     bar.set_postfix_str("reward {reward:.3f}, kl {kl:.2g}, clipped {clip_low:.0%} {clip_high:.0%}".format(**row))
                     bar.update()
             except FloatingPointError as error:
-                stop(f"epoch {epoch}: {error}; a lower --learning_rate or --precision fp32 may help; --resume goes back to "
-                     "the last checkpoint")
+                stop(f"epoch {epoch}: {error}; to go on from the last checkpoint: --resume --name {config.name}, where a lower "
+                     "--learning_rate may help")
             rows.append({key: float(value) for key, value in row.items() if math.isfinite(value)} | {"epoch": epoch})
             interrupted = any(gather(asked)) and not last
             if RANK == 0:
@@ -671,7 +678,7 @@ def train(config):
                 if last or interrupted or (epoch + 1) % config.save_every == 0:
                     save(model, folder, min(epoch + 1, config.epochs))
             if interrupted:
-                stop(f"interrupted after epoch {epoch}; to go on: --resume --name {folder.name}")
+                stop(f"interrupted after epoch {epoch}; to go on: --resume --name {config.name}")
     if RANK == 0:
         draw_results(folder, config.epochs)
         print(f"look at {folder / 'before_after.png'} and {folder / 'curve.png'}")
@@ -705,7 +712,7 @@ def run_folder(config):
         found = [base] if config.name else [f for f in base.parent.glob(f"{base.name}*")
                                             if re.fullmatch(re.escape(base.name) + r"(-\d+)?", f.name)]
         found = [f for f in found if (f / "config.json").exists()]
-        return max(found, key=lambda f: (f / "metrics.jsonl").stat().st_mtime) if found else stop(
+        return max(found, key=lambda f: (f / "config.json").stat().st_mtime) if found else stop(
             f"--resume: {base} holds no run to continue")
     if config.name and base.exists():
         stop(f"--name {config.name}: {base} exists; choose another name, or add --resume to continue it")
@@ -728,10 +735,11 @@ def begin(config, model, folder):
         stop(f"--epochs {config.epochs}: the run to resume is already at {start}")
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        # A LoRA parameter's checkpoint has 16 bytes, twice while the new one replaces the old, and its diffusers file 4.
         free, needed = shutil.disk_usage(folder).free, 40 * sum(p.numel() for p in model.params) + 10**7
         if free < needed:
             stop(f"--name {folder.name}: {folder} has {free / 1e6:.0f} MB left, and checkpoints need {needed / 1e6:.0f} MB")
-        write(folder / "config.json", json.dumps(asdict(config) | {"name": folder.name, "resume": False}, indent=1))
+        write(folder / "config.json", json.dumps(asdict(config) | {"resume": False}, indent=1))
         print(f"{folder}\n{describe(model, config)}")
     return start, [row for row in read_metrics(folder) if row["epoch"] < start]
 
@@ -749,8 +757,8 @@ def save(model, folder, epoch):
     """
     from peft import get_peft_model_state_dict
     tensors = {}
-    for i, (p, mean) in enumerate(zip(model.params, model.ema)):
-        tensors |= {f"lora.{i}": p.detach().contiguous(), f"ema.{i}": mean.contiguous()}
+    for i, (p, average) in enumerate(zip(model.params, model.ema)):
+        tensors |= {f"lora.{i}": p.detach().contiguous(), f"ema.{i}": average.contiguous()}
         tensors |= {f"optimizer.{i}.{key}": value.contiguous() for key, value in model.optimizer.state[p].items()}
     path = folder / "checkpoint/state.safetensors"
     path.parent.mkdir(exist_ok=True)
@@ -837,9 +845,9 @@ def my_part(items):
 
 def gather(items):
     """The lists of all processes as one list: the inverse of my_part."""
-    parts = [None] * WORLD
     if WORLD == 1:
         return items
+    parts = [None] * WORLD
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
@@ -884,7 +892,13 @@ def parse_config(argv=None):
 
     config = parse()
     parser.set_defaults(**PRESETS.get(config.preset, {}))
-    saved = json.loads((run_folder(config) / "config.json").read_text()) if config.resume else {}
+    saved = {}
+    if config.resume:
+        path = run_folder(config) / "config.json"
+        try:
+            saved = asdict(Config(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError) as error:
+            stop(f"--resume: {path} is not the config of a run of this version ({error})")
     parser.set_defaults(**saved)
     config = parse()
     check_config(config)
@@ -970,14 +984,15 @@ def ctrl_c():
 
 
 def main(argv=None):
+    config = parse_config(argv)
     try:
-        train(parse_config(argv))
-    except reward_library.RewardError as error:
+        train(config)
+    except rewards.RewardError as error:
         stop(str(error))
     except KeyboardInterrupt:
-        stop("interrupted; --resume continues from the last checkpoint")
+        stop(f"interrupted; to go on from the last checkpoint: --resume --name {config.name}")
     except (OSError, SafetensorError) as error:  # a full or unwritable disk; what was written whole stays
-        stop(f"cannot read or write a file: {error}; --resume continues from the last checkpoint")
+        stop(f"cannot read or write a file: {error}; to go on from the last checkpoint: --resume --name {config.name}")
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def geneval_score(found, row):
     """The paper's rule-based reward: the mean of one or two terms for each object asked for; 1 is all as asked.
 
     found: [{"class", "color", "box": (left, top, right, bottom)}]; row: GenEval metadata. Counting gives
-    1 - |N_found - N_asked| / N_asked. A colour or a place that was asked for is worth nothing while the count is wrong;
+    1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. A colour or a place that was asked for is worth nothing while the count is wrong;
     else colour gives the same fraction and place 0 or 1. The official reward server adds an extra 1 after a wrong
     place, so that a failure scores 0.75; the paper does not, and this does not.
     """

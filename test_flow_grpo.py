@@ -306,7 +306,8 @@ def test_the_ratio_is_1_before_the_first_update(fresh, guidance, precision):
     lambda batch, config: batch.t.mul_(0.98),
     lambda batch, config: setattr(config, "guidance", 3.0),
     lambda batch, config: batch.sigma.mul_(1.1),
-], ids=["log_prob", "latents", "t", "guidance", "sigma"])
+    lambda batch, config: (setattr(config, "clip_range", 1e-4), batch.log_prob.add_(6e-5)),  # little, but half of the clip range
+], ids=["log_prob", "latents", "t", "guidance", "sigma", "clip_range"])
 def test_a_run_stops_when_sampling_and_training_disagree(fresh, spoil, capsys):
     config = small()
     model = fresh(config)
@@ -894,6 +895,34 @@ def test_geneval_photo_scores_what_the_detector_finds(tiny_detector, tiny_clip, 
         reward(photos[:1], ["a photo of a zebra"], [row({"class": "zebra", "count": 1})])
 
 
+def test_taste_has_a_term_for_each_flaw():
+    row = {"tag": "color_attr", "include": [{"class": "circle", "count": 1, "color": "red"}, {"class": "square", "count": 1, "color": "blue"}]}
+    def picture(radius=9, apart=12, shift=0, fade=0.0, noise=0, second="blue"):
+        image = Image.new("RGB", (192, 192), (245, 245, 245))
+        for x, shape, color in ((24 - apart, "circle", "red"), (24 + apart, "square", second)):
+            color = tuple(round(c + fade * (245 - c)) for c in rewards.COLORS[color])
+            rewards.draw_shape(rewards.ImageDraw.Draw(image), shape, 4 * x, 4 * (24 + shift), 4 * radius, color)
+        pixels = np.asarray(image.resize((48, 48), Image.LANCZOS)) + np.random.default_rng(0).normal(0, noise, (48, 48, 3))
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    taste = rewards.toy_taste()
+    flaws = [dict(radius=6), dict(apart=9.5), dict(shift=11), dict(fade=0.4), dict(noise=12), dict(second="green")]
+    best, *flawed = taste([picture(), *(picture(**flaw) for flaw in flaws)], ["a"] * 7, [row] * 7)
+    assert 0.9 < best <= 1 and all(score < best - 0.02 for score in flawed)
+    assert taste([Image.new("RGB", (48, 48), "white")], ["a"], [row]) == [0.0]
+
+
+def test_toy_pickscore_has_learned_the_taste(world):
+    """Through the same lines as PickScore; on pairs of the held-out captions, and each image with its own prompt."""
+    pairs, tastes, prompts = world.paint_pairs(("test", 150, 1))
+    images = [Image.fromarray(image) for pair in pairs for image in pair]
+    pick = rewards.toy_pickscore()
+    scores = pick(images, [p for p in prompts for _ in range(2)], None)
+    right = [(a > b) == (c > d) for (a, b), (c, d) in zip(np.reshape(scores, (-1, 2)), tastes)]
+    assert np.mean(right) > 0.75
+    assert pick(images[4:5], prompts[2:3], None) == pytest.approx(scores[4:5], abs=1e-4)
+    assert np.mean(pick(images, [p for p in prompts[::-1] for _ in range(2)], None)) < np.mean(scores)
+
+
 @pytest.fixture(scope="module")
 def tiny_vlm(tmp_path_factory):
     """A random Qwen2.5-VL that speaks letter by letter and must answer with one digit -> its folder"""
@@ -1162,14 +1191,15 @@ def test_a_run_killed_anywhere_resumes_as_if_it_had_not_been(desk):
     Path("deadly_ink.py").write_text(SABOTAGE)
     options = [*TINY, "--epochs", "3", "--eval_every", "2", "--save_every", "1", "--beta", "0.01"]
     flow_grpo.main([*options, "--reward", "custom_ink:ink", "--name", "whole"])
-    points = ["velocity:19", "ema_step:3", "evaluate:2", "save_file:2"]
+    points = ["evaluate:1", "velocity:19", "ema_step:3", "evaluate:2", "save_file:2"]
     processes = [subprocess.Popen(
-        [sys.executable, str(HERE / "flow_grpo.py"), *options, "--reward", "deadly_ink:ink", "--name", point.split(":")[0]],
+        [sys.executable, str(HERE / "flow_grpo.py"), *options, "--reward", "deadly_ink:ink", "--name", point.replace(":", "")],
         env={**os.environ, "KILL_IN": point}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for point in points]
     for process, point in zip(processes, points):
         process.wait(timeout=300)
-        run = desk / "runs" / point.split(":")[0]
-        assert process.returncode == -signal.SIGKILL and 1 <= len(timeless(run)) < 4, point
+        run = desk / "runs" / point.replace(":", "")
+        rows = timeless(run) if (run / "metrics.jsonl").exists() else []
+        assert process.returncode == -signal.SIGKILL and len(rows) < 4 and bool(rows) == (point != "evaluate:1"), point
         config = run / "config.json"
         config.write_text(config.read_text().replace("deadly", "custom"))
         flow_grpo.main(["--resume", "--name", run.name])
@@ -1239,6 +1269,11 @@ def test_a_bad_checkpoint_or_disk_is_one_line(desk, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         flow_grpo.main(["--resume", "--name", "y", "--epochs", "2"])
     assert "not of this run" in one_line(capsys)
+    for damage in ("", '{"group', '{"no_such_option": 1}'):
+        (desk / "runs/y/config.json").write_text(damage)
+        with pytest.raises(SystemExit):
+            flow_grpo.main(["--resume", "--name", "y"])
+        assert "runs/y/config.json is not the config" in one_line(capsys)
 
 
 def test_rewards_run_while_the_next_images_are_drawn(fresh, monkeypatch):
