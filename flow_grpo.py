@@ -146,7 +146,9 @@ def clipped_loss(log_ratio, advantages, clip_range):
 
 
 def guarded(log_ratio, mean, mean_old, std):
-    """The log-ratio of GRPO-Guard (arXiv 2510.22319), in the official code's form. log_ratio, std: [B]; mean, mean_old: [B, ...] -> [B]
+    """The log-ratio of GRPO-Guard (arXiv 2510.22319), in the official code's form -> [B]
+
+    log_ratio, std: [B]; mean, mean_old: [B, ...]
 
     A log-ratio is on average -(mean - mean_old)^2 / (2 std^2), so ratios lie below 1 and hardly ever reach the upper
     clip; and it grows as std shrinks from step to step. So: add that average, and multiply by std.
@@ -165,14 +167,16 @@ def opt(default, why, least=None, choices=None):
 @dataclass
 class Config:
     # what to train, on what
-    preset: str = opt("toy", "a set of defaults; other options override it", choices=("toy", "sd3.5-medium", "sd3.5-medium-24gb", "flux.1-dev"))
-    reward: str = opt("flow_grpo:redness", 'a name in rewards.py, your own "file:function", or a sum "ocr:1,jpeg_compressibility:0.1"')
+    preset: str = opt("toy", "a set of defaults; other options override it",
+                      choices=("toy", "sd3.5-medium", "sd3.5-medium-24gb", "flux.1-dev"))
+    reward: str = opt("flow_grpo:redness", 'a name in rewards.py, your own "file:function", or a sum: "ocr:1,pickscore:0.5"')
     eval_reward: str = opt("", "rewards that are only measured, in evaluations, as in --reward: they show reward hacking")
     model: str = opt("toy", "folder or hub name of a StableDiffusion3Pipeline or FluxPipeline")
-    dataset: str = opt("", "folder of train.txt and test.txt, or {train,test}_metadata.jsonl; by default toy/ocr for ocr, else toy/geneval")
+    dataset: str = opt("", "folder of {train,test}.txt or {train,test}_metadata.jsonl; default: toy/ocr or toy/geneval")
     resolution: int = opt(48, "height and width of the images in pixels", least=8)
     max_sequence_length: int = opt(14, "tokens of the T5 encoder; the official SD3.5 runs used 128", least=1)
-    precision: str = opt("fp32", "of the network: bf16 takes half the memory; the mathematics stays float32", choices=("fp32", "bf16"))
+    precision: str = opt("fp32", "of the network: bf16 takes half the memory; the mathematics stays float32",
+                         choices=("fp32", "bf16"))
     gradient_checkpointing: bool = opt(False, "compute activations twice instead of keeping them: less memory, slower updates")
     offload: bool = opt(False, "text encoders live in the CPU's memory and visit the GPU to encode an epoch's prompts")
     # the run
@@ -188,15 +192,16 @@ class Config:
     train_steps: int = opt(10, "T while training: few steps are enough to tell good from bad (denoising reduction)", least=2)
     eval_steps: int = opt(40, "T of the evaluation", least=2)
     noise_level: float = opt(0.7, "a in sigma_t: too little explores nothing, too much spoils the images", least=1e-6)
-    window: int = opt(2, "so many successive SDE steps, at a random place in the noisy half; only they are trained; 0: all but the last step", least=0)
-    sde: str = opt("flow", "flow is the paper's; cps, coefficient-preserving sampling (arXiv 2509.05952), leaves no noise in the image", choices=("flow", "cps"))
-    guidance: float = opt(1.0, "classifier-free guidance, in sampling and training alike; 1 is off and twice as fast; FLUX: its distilled guidance", least=1)
+    window: int = opt(2, "SDE steps, in a row somewhere in the noisy half, and only they are trained; 0: all but the last", least=0)
+    sde: str = opt("flow", "flow: the paper's; cps: coefficient-preserving sampling (arXiv 2509.05952), no noise left in the image",
+                   choices=("flow", "cps"))
+    guidance: float = opt(1.0, "classifier-free, in sampling and training; 1 is off and twice as fast; FLUX: its distilled guidance", least=1)
     # learning
     updates: int = opt(2, "optimizer steps an epoch; in the first all ratios are 1, clipping acts on the later ones", least=1)
     learning_rate: float = opt(1.5e-3, "of AdamW", least=1e-12)
-    clip_range: float = opt(1e-3, "epsilon: how far a ratio may leave 1; small, because log-probabilities are averages", least=1e-12)
-    guard: bool = opt(False, "GRPO-Guard (arXiv 2510.22319): ratios centred on 1 and of one scale at all steps; needs a clip range about 1e-6")
-    beta: float = opt(0.1, "weight of the KL to the model as it was: more keeps its quality and diversity, and slows the reward", least=0)
+    clip_range: float = opt(1e-3, "epsilon, how far a ratio may leave 1; small, as log-probabilities are averages", least=1e-12)
+    guard: bool = opt(False, "GRPO-Guard (arXiv 2510.22319): ratios centred, of one scale at all steps; clip range about 1e-6")
+    beta: float = opt(0.1, "weight of the KL to the base model: more keeps quality and diversity and slows the reward", least=0)
     std_over: str = opt("batch", "whose standard deviation divides the advantages", choices=("batch", "group"))
     lora_rank: int = opt(32, "size of what is trained", least=1)
     lora_alpha: int = opt(64, "the LoRA's output is scaled by alpha / rank", least=1)
@@ -528,8 +533,8 @@ def check_ratio(ratio, config):
     deviation = (ratio - 1).abs().max().item()
     if not deviation <= min(1e-4, max(config.clip_range / 2, 1e-5)):
         stop(f"the ratio is off by {deviation:.2g} before the first update, where it must be 1: sampling and training "
-             "do not compute the same log-probability (guidance, dropout, a changed rollout, or, with bf16, micro-batches of another "
-             "size: let --batch_size divide the images)")
+             "do not compute the same log-probability (guidance, dropout, a changed rollout, or, with bf16, micro-batches of "
+             "another size: let --batch_size divide the images)")
 
 
 def ema_step(model, config):
@@ -553,8 +558,8 @@ def evaluate(model, config, reward_functions, watched, test_set, folder, epoch):
     """Draw the test prompts by the ODE with the averaged weights, from the same seeds every time -> metrics
 
     reward_functions, watched: as rewards.load gives them; those of --eval_reward are only noted. Image j
-    of test prompt i has the seed i * eval_per_prompt + j. Accuracy is the share of images whose (first) reward is 1, the most that OCR
-    and GenEval give: the whole word was read, every object is as asked.
+    of test prompt i has the seed i * eval_per_prompt + j. Accuracy is the share of images whose (first) reward is 1, the
+    most that OCR and GenEval give: the whole word was read, every object is as asked.
     """
     per_prompt = config.eval_per_prompt
     mine = my_part(list(enumerate(test_set[:config.eval_prompts or None])))
@@ -943,7 +948,8 @@ def describe(model, config):
     images = c.groups * c.group_size
     pairs = images // c.updates * K // WORLD
     lora = sum(p.numel() for p in model.params)
-    lines = [f"{c.groups} groups x {c.group_size} = {images} images an epoch on {WORLD} process{'es' * (WORLD > 1)} ({model.device})",
+    processes = f"{WORLD} process{'es' * (WORLD > 1)} ({model.device})"
+    lines = [f"{c.groups} groups x {c.group_size} = {images} images an epoch on {processes}",
              f"{K} of {c.train_steps} steps trained, {c.updates} updates an epoch, each of {images // c.updates} images x {K} "
              f"steps in {math.ceil(pairs / c.batch_size)} micro-batches of {c.batch_size} (a process)",
              f"LoRA on {len(model.params)} tensors with {lora:,} parameters",
@@ -976,7 +982,12 @@ def memory(model, config):
 def ctrl_c():
     """While open: the first Ctrl-C only adds to the list that this gives; the second stops at once."""
     asked = []
-    before = signal.signal(signal.SIGINT, lambda *_: (asked.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+
+    def first(*_):
+        asked.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, first)
     try:
         yield asked
     finally:

@@ -192,8 +192,8 @@ def geneval_score(found, row):
     """The paper's rule-based reward: the mean of one or two terms for each object asked for; 1 is all as asked.
 
     found: [{"class", "color", "box": (left, top, right, bottom)}]; row: GenEval metadata. Counting gives
-    1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. A colour or a place that was asked for is worth nothing while the count is wrong;
-    else colour gives the same fraction and place 0 or 1. The official reward server adds an extra 1 after a wrong
+    1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. A colour or a place that was asked for is
+    worth nothing while the count is wrong; else colour gives the same fraction and place 0 or 1. The official reward server adds an extra 1 after a wrong
     place, so that a failure scores 0.75; the paper does not, and this does not.
     """
     terms, groups = [], []
@@ -455,8 +455,9 @@ def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name
         inputs = processor(images=image.convert("RGB"), return_tensors="pt").to(model.device)
         with torch.no_grad():
             out = model(**inputs)
+        threshold = 0.9 if row.get("tag") == "counting" else 0.3
         result = processor.post_process_instance_segmentation(
-            out, threshold=0.9 if row.get("tag") == "counting" else 0.3, target_sizes=[image.size[::-1]], return_binary_maps=True)[0]
+            out, threshold=threshold, target_sizes=[image.size[::-1]], return_binary_maps=True)[0]
         colored, found = {asked["class"] for asked in row["include"] if "color" in asked}, []
         for mask, segment in sorted(zip(result["segmentation"], result["segments_info"]), key=lambda pair: -pair[1]["score"]):
             mask, label = mask.cpu().numpy() > 0, model.config.id2label[segment["label_id"]]
@@ -469,7 +470,8 @@ def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name
         return found
 
     def name_color(image, mask, box, label):
-        alone = Image.composite(image.convert("RGB"), Image.new("RGB", image.size, (153, 153, 153)), Image.fromarray(mask)).crop(box)
+        grey = Image.new("RGB", image.size, (153, 153, 153))
+        alone = Image.composite(image.convert("RGB"), grey, Image.fromarray(mask)).crop(box)
         phrases = [phrase for color in PHOTO_COLORS for phrase in (
             f"a photo of a {color} {label}", f"a photo of a {color}-colored {label}", f"a photo of a {color} object")]
         picture, texts = clip_embeddings(clip, [alone], phrases)
@@ -514,7 +516,8 @@ def vlm(name="Qwen/Qwen2.5-VL-3B-Instruct"):
         inputs = {**tokenizer(texts, padding=True, return_tensors="pt"), **pictures}
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()  # where the image is
         with torch.no_grad():
-            tokens = model.generate(**{key: value.to(model.device) for key, value in inputs.items()}, max_new_tokens=2, do_sample=False)
+            inputs = {key: value.to(model.device) for key, value in inputs.items()}
+            tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False)
         answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
         return [rating(answer, prompt) for answer, prompt in zip(answers, prompts)]
     return lambda images, prompts, metadata: in_batches(ask, images, prompts, size=8)

@@ -1,6 +1,7 @@
 """Draws the figures of results/README.md: python results/figures.py
 
-The first two are computed here, from flow_grpo.py's own functions; the others are read from the runs' metrics.jsonl.
+The first two are computed here, from flow_grpo.py's own functions; the curves are read from the runs' metrics.jsonl, and the strip is cut from
+the pictures of runs/ocr-seed0, where that run is on this machine.
 """
 import json
 import sys
@@ -104,10 +105,10 @@ def curves(name, runs, title, seconds=False):
     figure.savefig(OUT / f"{name}.png", dpi=110)
 
 
-def strip(name, folder, epochs, columns=8):
-    """The same prompts and seeds over the training: the first row of samples/<epoch>.png."""
-    pictures = [Image.open(RESULTS / folder / f"samples/{epoch:04d}.png") for epoch in epochs]
-    width, height = pictures[0].width, 178
+def strip(name, run, epochs):
+    """The same prompts and seeds over the training: the first row of each of the run's pictures."""
+    pictures = [Image.open(run / f"samples/{epoch:04d}.png") for epoch in epochs]
+    width, height = pictures[0].width, 178  # a row: 150 pixels of image and two lines of text
     image = Image.new("RGB", (width + 90, height * len(pictures)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     for i, (epoch, picture) in enumerate(zip(epochs, pictures)):
@@ -120,3 +121,12 @@ if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
     marginals()
     paths()
+    default = "tried/lr15_b1_s0"
+    curves("denoising", {"tried/steps40": "T = 40", default: "T = 10", "tried/steps5": "T = 5"}, "steps while training", seconds=True)
+    curves("windows", {"tried/window0": "all but the last", "tried/window3": "3", default: "2", "tried/window1": "1",
+                       "tried/cps": "2, CPS"}, "SDE steps of T = 10", seconds=True)
+    curves("noise", {"tried/noise0.1": "a = 0.1", "tried/noise0.4": "a = 0.4", default: "a = 0.7", "tried/noise1.0": "a = 1"}, "noise level")
+    curves("groups", {"tried/groups4x32": "4 groups of 32", "tried/size24": "5 of 24", default: "8 of 16", "tried/size12": "11 of 12",
+                      "tried/size6": "21 of 6"}, "group size")
+    if (RESULTS.parent / "runs/ocr-seed0").exists():
+        strip("training", RESULTS.parent / "runs/ocr-seed0", (0, 4, 8, 12, 16))
