@@ -193,6 +193,8 @@ class Config:
     eval_steps: int = opt(40, "T of the evaluation", least=2)
     noise_level: float = opt(0.7, "a in sigma_t: too little explores nothing, too much spoils the images", least=1e-6)
     window: int = opt(2, "SDE steps, in a row somewhere in the noisy half, and only they are trained; 0: all but the last", least=0)
+    same_noise: bool = opt(False, "a group starts from one noise, so that its images differ by the SDE's noise alone: with a window "
+                                  "far less noisy gradients; not the paper's")
     sde: str = opt("flow", "flow: the paper's; cps: coefficient-preserving sampling (arXiv 2509.05952), no noise left in the image",
                    choices=("flow", "cps"))
     guidance: float = opt(1.0, "classifier-free, in sampling and training; 1 is off and twice as fast; FLUX: its distilled guidance", least=1)
@@ -411,12 +413,13 @@ def choose_sde_steps(config, rng):
 
 
 @torch.no_grad()
-def rollout(model, config, prompts, seeds, T, sde_steps, on_images=lambda images, where: None):
+def rollout(model, config, prompts, seeds, T, sde_steps, first_seeds=None, on_images=lambda images, where: None):
     """Draw an image for each prompt and seed in T steps: SDE in `sde_steps`, ODE in the others.
 
     Each image has its own generator: it does not depend on the others in its batch. The first draw is the initial
-    noise, so a stock float32 pipeline given a CPU generator with that seed starts from the same point. on_images is
-    called with each finished micro-batch and its slice. Raises FloatingPointError when latents are not finite.
+    noise, so a stock float32 pipeline given a CPU generator with that seed starts from the same point; with first_seeds
+    the initial noise is that of these seeds. on_images is called with each finished micro-batch and its slice. Raises
+    FloatingPointError when latents are not finite.
     """
     pipe, device = model.pipe, model.device
     t = time_grid(pipe, config, T)
@@ -434,7 +437,8 @@ def rollout(model, config, prompts, seeds, T, sde_steps, on_images=lambda images
         for start in starts:
             micro = slice(start, start + config.batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[micro]]
-            x = normal(generators)  # [b, C, H, W]
+            first = [torch.Generator().manual_seed(seed) for seed in first_seeds[micro]] if first_seeds else generators
+            x = normal(first)  # [b, C, H, W]
             path, means, log_probs = [], [], []
             for i in range(T):
                 t_i, dt_i, sigma_i = (a[i].expand(len(x)) for a in (t, dt, sigma))  # [b]
@@ -624,14 +628,19 @@ def train_epoch(model, config, reward_functions, train_set, epoch):
     rng, clock = random.Random(f"{config.seed}/{epoch}"), [time.time()]
     repeats = math.ceil(config.groups / len(train_set))  # more than 1 only for a dataset smaller than one epoch
     chosen = rng.sample(train_set * repeats, config.groups)
-    # Members of a group differ from their first noise on.
+    # PAPER/CODE: members of a group differ from their first noise on. With --same_noise the group shares it, as in the first
+    # version of the official Flow-GRPO-Fast.
     samples = [(*row, rng.getrandbits(60)) for row in chosen for _ in range(config.group_size)]
     sde_steps = choose_sde_steps(config, rng)
     prompts, metadata, seeds = zip(*my_part(samples))
+    first_seeds = None
+    if config.same_noise:  # + 1: not that image's own generator, whose first numbers would come again as its SDE's noise
+        first_seeds = [seeds[i - i % config.group_size] + 1 for i in range(len(seeds))]
     with ThreadPoolExecutor(1) as pool:  # rewards are computed while the next images are drawn
         parts = []
-        drawn = rollout(model, config, prompts, seeds, config.train_steps, sde_steps, lambda images, micro: parts.append(
-            pool.submit(rewards.score, reward_functions, images, prompts[micro], metadata[micro])))
+        score = lambda images, micro: parts.append(
+            pool.submit(rewards.score, reward_functions, images, prompts[micro], metadata[micro]))
+        drawn = rollout(model, config, prompts, seeds, config.train_steps, sde_steps, first_seeds, score)
         clock.append(time.time())
         parts = [part.result() for part in parts]
     scores = {name: gather([value for part in parts for value in part[name]]) for name in parts[0]}

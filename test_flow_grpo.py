@@ -451,6 +451,23 @@ def test_a_record_contains_the_sde_steps_and_each_member_of_a_group_is_different
         assert abs(noise.std().item() - 1) < 0.05 and abs(noise.mean().item()) < 0.05
 
 
+def test_with_the_same_noise_a_group_differs_by_the_sde_alone(fresh, monkeypatch):
+    config, drawn = small(same_noise=True, batch_size=3), []
+    model, update = fresh(config), flow_grpo.update
+    monkeypatch.setattr(flow_grpo, "update", lambda model, config, rollout, *rest: drawn.append(rollout) or update(model, config, rollout, *rest))
+    train_set = [(f'a sign that says "{word}"', {}) for word in ("CAT", "DOG")]
+    flow_grpo.train_epoch(model, config, rewards.load("jpeg_compressibility"), train_set, 0)
+    latents = drawn[0].latents.unflatten(0, (2, 4))  # [groups, members, K+1, C, H, W]
+    before, after = latents[:, :, 0], latents[:, :, 1]
+    close(before, before[:, :1].expand_as(before), 1e-4)  # the steps before the window are the same, too
+    assert (before[0, 0] - before[1, 0]).abs().mean() > 0.3
+    for a in range(4):
+        for b in range(a):
+            assert (after[:, a] - after[:, b]).abs().mean() > 0.1
+    noise = after - after.mean(1, keepdim=True)  # and its noise is not the first noise again
+    assert np.abs(np.corrcoef(noise.flatten(2).flatten(0, 1), before[:, :1].expand_as(before).flatten(2).flatten(0, 1))[:8, 8:]).max() < 0.5
+
+
 def test_the_grid_is_the_schedulers_own_shifted_once(fresh):
     """SD3.5's shift is 3. Setting the steps again must not shift again (diffusers PR 13962)."""
     from diffusers import FlowMatchEulerDiscreteScheduler
