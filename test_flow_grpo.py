@@ -1238,6 +1238,7 @@ def ink(images, prompts, metadata):
         flow_grpo.main([*options, "--reward", "press:ink", "--name", "pressed"])
     assert "interrupted after epoch 1" in capsys.readouterr().err
     assert [row["epoch"] for row in timeless(desk / "runs/pressed")] == [0, 1]
+    assert (desk / "runs/pressed/checkpoint/state.safetensors").exists()
     flow_grpo.main(["--resume", "--name", "pressed"])
     flow_grpo.main([*options, "--reward", "press:ink", "--name", "whole"])
     assert_same_run(desk / "runs/whole", desk / "runs/pressed")

@@ -18,3 +18,49 @@ head -n 333 toy/ocr/train.txt > dev/ocr/train.txt
 tail -n 60 toy/ocr/train.txt > dev/ocr/test.txt
 cp results/geneval-dev.jsonl dev/geneval/test_metadata.jsonl
 grep -vxFf results/geneval-dev.jsonl toy/geneval/train_metadata.jsonl > dev/geneval/train_metadata.jsonl
+ocr() { run "$@" --reward ocr --dataset dev/ocr --eval_every 8; }
+
+ocr d_ocr_g1 --learning_rate 1e-3 --beta 0.3
+ocr e_lr2_s0 --learning_rate 2e-3 --beta 0.3
+ocr e_lr2_s2 --learning_rate 2e-3 --beta 0.3 --seed 2
+ocr b05_s0 --learning_rate 2e-3 --beta 0.05
+ocr f_b05_s1 --learning_rate 2e-3 --beta 0.05 --seed 1
+ocr f_b05_s2 --learning_rate 2e-3 --beta 0.05 --seed 2
+ocr beta0 --learning_rate 2e-3 --beta 0
+ocr b1_s0 --learning_rate 2e-3 --beta 0.1
+ocr b1_s1 --learning_rate 2e-3 --beta 0.1 --seed 1
+ocr lr1_b1_s0 --learning_rate 1e-3 --beta 0.1
+for seed in 0 1 2; do ocr lr15_b1_s$seed --seed $seed; done   # the defaults
+
+ocr steps40 --train_steps 40 --window 8
+ocr steps5 --train_steps 5 --window 1
+ocr window0 --window 0
+ocr window1 --window 1
+ocr window3 --window 3
+ocr cps --sde cps --noise_level 0.8
+ocr noise0.1 --noise_level 0.1
+ocr noise0.4 --noise_level 0.4
+ocr noise1.0 --noise_level 1
+ocr groups4x32 --groups 4 --group_size 32
+ocr size24 --groups 5 --group_size 24
+ocr size12 --groups 11 --group_size 12
+ocr size6 --groups 21 --group_size 6
+ocr std_group --std_over group
+ocr same_noise --same_noise
+ocr updates1 --updates 1
+ocr updates4 --updates 4
+ocr clip1e-4 --clip_range 1e-4
+ocr guidance1.2 --guidance 1.2
+
+geneval() { run "$@" --reward geneval --dataset dev/geneval --eval_every 8; }
+geneval d_gen_g1 --learning_rate 1e-3 --beta 0.3 --epochs 24
+geneval geneval-8x16 --epochs 48
+geneval geneval-16x16 --groups 16 --epochs 32 --learning_rate 2e-3 --beta 0.05
+geneval geneval-same-8x16 --epochs 32 --beta 0.05 --same_noise
+
+# SD3.5-Medium's real size, on a CPU
+python results/real-size/make_model.py big-random
+run real-size --preset sd3.5-medium --model big-random --groups 1 --group_size 2 --train_steps 2 --eval_steps 2 --eval_prompts 1 \
+    --epochs 1 --batch_size 1 --gradient_checkpointing --reward jpeg_compressibility
+
+python results/figures.py
