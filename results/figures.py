@@ -89,20 +89,26 @@ def rows_of(run):
     return [json.loads(line) for line in (RESULTS / run / "metrics.jsonl").read_text().splitlines()]
 
 
-def curves(name, runs, title, seconds=False):
-    """Training reward (smoothed over three epochs) and evaluated accuracy of some runs. runs: {folder: label}"""
-    runs = {run: label for run, label in runs.items() if (RESULTS / run / "metrics.jsonl").exists()}
-    figure = Figure(figsize=(5.5 * (1 + seconds), 3.6), layout="constrained")
-    for axes, by_time in zip(np.atleast_1d(figure.subplots(1, 1 + seconds)), (False, True)):
+def curves(name, runs, title, timed=None):
+    """Training reward, smoothed over three epochs, by epoch; with timed also by time. runs: {folder: label}; timed: {folder: the
+    run that measured what an epoch costs, with nothing beside it}
+    """
+    figure = Figure(figsize=(5.5 * (2 if timed else 1), 3.6), layout="constrained")
+    for axes, by_time in zip(np.atleast_1d(figure.subplots(1, 2 if timed else 1)), (False, True)):
         for run, label in runs.items():
-            rows = [row for row in rows_of(run) if "reward" in row]
-            reward = np.convolve([row["reward"] for row in rows], np.ones(3) / 3, "valid")
-            spent = np.cumsum([sum(row[f"seconds_{part}"] for part in ("sampling", "reward", "update")) for row in rows])
-            axes.plot(spent[1:-1] if by_time else range(1, len(rows) - 1), reward, label=label)
+            if not (RESULTS / run / "metrics.jsonl").exists():
+                continue
+            reward = np.convolve([row["reward"] for row in rows_of(run) if "reward" in row], np.ones(3) / 3, "valid")
+            seconds = epoch_seconds(timed[run]) if by_time else 1
+            axes.plot(seconds * np.arange(1, len(reward) + 1), reward, label=label)
         axes.set(title=title, xlabel="seconds of training" if by_time else "epoch", ylabel="training reward")
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(OUT / f"{name}.png", dpi=110)
+
+
+def epoch_seconds(run):
+    return np.mean([sum(row[f"seconds_{part}"] for part in ("sampling", "reward", "update")) for row in rows_of(run)[1:3]])
 
 
 def strip(name, run, epochs):
@@ -122,11 +128,11 @@ if __name__ == "__main__":
     marginals()
     paths()
     default = "tried/lr15_b1_s0"
-    curves("denoising", {"tried/steps40": "T = 40", default: "T = 10", "tried/steps5": "T = 5"}, "steps while training", seconds=True)
-    curves("windows", {"tried/window0": "all but the last", "tried/window3": "3", default: "2", "tried/window1": "1",
-                       "tried/cps": "2, CPS"}, "SDE steps of T = 10", seconds=True)
-    curves("noise", {"tried/noise0.1": "a = 0.1", "tried/noise0.4": "a = 0.4", default: "a = 0.7", "tried/noise1.0": "a = 1"}, "noise level")
-    curves("groups", {"tried/groups4x32": "4 groups of 32", "tried/size24": "5 of 24", default: "8 of 16", "tried/size12": "11 of 12",
-                      "tried/size6": "21 of 6"}, "group size")
+    curves("denoising", {"tried/steps40": "T = 40", default: "T = 10", "tried/steps5": "T = 5"}, "steps while training",
+           {"tried/steps40": "tried/time-steps40", default: "tried/time-steps10", "tried/steps5": "tried/time-steps5"})
+    curves("windows", {"tried/window0": "all but the last", default: "2"}, "SDE steps of T = 10",
+           {"tried/window0": "tried/time-window0", default: "tried/time-steps10"})
+    curves("noise", {"tried/noise0.4": "a = 0.4", default: "a = 0.7", "tried/noise1.0": "a = 1"}, "noise level")
+    curves("seeds", {default: "seed 0", "tried/lr15_b1_s1": "seed 1", "tried/lr15_b1_s2": "seed 2"}, "the defaults")
     if (RESULTS.parent / "runs/ocr-seed0").exists():
         strip("training", RESULTS.parent / "runs/ocr-seed0", (0, 4, 8, 12, 16))
