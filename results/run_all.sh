@@ -61,6 +61,7 @@ geneval d_gen_g1 --learning_rate 1e-3 --beta 0.3 --epochs 24
 geneval geneval-8x16 --epochs 48
 geneval geneval-16x16 --groups 16 --epochs 32 --learning_rate 2e-3 --beta 0.05
 geneval geneval-same-8x16 --epochs 32 --beta 0.05 --same_noise
+geneval geneval-same-16x16 --groups 16 --epochs 32 --same_noise
 
 # SD3.5-Medium's real size, on a CPU
 python results/real-size/make_model.py big-random
