@@ -557,6 +557,23 @@ def test_the_ema_grows_into_its_decay(fresh):
     assert torch.equal(model.params[0], before[0]) and torch.equal(model.ema[0], before[1])
 
 
+def test_an_evaluation_draws_with_the_averaged_weights(fresh, tmp_path):
+    config = small(eval_prompts=1)
+    model, prompt, drawn = fresh(config), 'a sign that says "CAT"', []
+    with torch.no_grad():
+        for average in model.ema:
+            average += 0.05 * torch.randn_like(average)
+    weights = [p.clone() for p in model.params]
+    reward = {"keep": (lambda images, prompts, metadata: drawn.extend(images) or [0.0] * len(images), 1.0)}
+    flow_grpo.evaluate(model, config, reward, {}, [(prompt, {})], tmp_path, 0)
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.params))
+    draw_with = lambda: np.asarray(flow_grpo.rollout(model, config, [prompt], [0], config.eval_steps, range(0)).images[0], float)
+    off = lambda: np.abs(np.asarray(drawn[0], float) - draw_with()).mean()
+    assert off() > 1  # these are not the averaged ones
+    flow_grpo.swap_ema(model)
+    assert off() < 0.1
+
+
 def test_lora_is_on_the_official_projections_only(fresh):
     model = fresh(small())
     names = {re.sub(r"transformer_blocks\.\d+\.|\.lora_.*", "", n) for n, p in model.pipe.transformer.named_parameters()
@@ -785,6 +802,7 @@ def test_the_geneval_rule():
     assert score([thing("cup")], row({"class": "cup", "count": 1, "color": "red"})) == 1
     assert score([thing("cup", "blue")], row({"class": "cup", "count": 1, "color": "red"})) == 0.5
     assert score([thing("cup")] * 2, row({"class": "cup", "count": 1, "color": "red"})) == 0  # count 0, colour void
+    assert score([thing("cup"), thing("cup", "blue")], row({"class": "cup", "count": 1, "color": "red"})) == 0  # even if one is right
     left = row({"class": "cup", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]})
     assert score([thing("cup", at=(30, 0)), thing("dog", at=(0, 2))], left) == 1
     assert score([thing("cup", at=(0, 0)), thing("dog", at=(30, 0))], left) == pytest.approx(2 / 3)  # not 0.75
