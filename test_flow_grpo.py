@@ -953,7 +953,7 @@ def test_toy_pickscore_has_learned_the_taste(world):
     pick = rewards.toy_pickscore()
     scores = pick(images, [p for p in prompts for _ in range(2)], None)
     right = [(a > b) == (c > d) for (a, b), (c, d) in zip(np.reshape(scores, (-1, 2)), tastes)]
-    assert np.mean(right) > 0.75
+    assert np.mean(right) > 0.65  # 0.77 of 2,000; a coin gives 0.5 +- 0.04 of 150
     assert pick(images[4:5], prompts[2:3], None) == pytest.approx(scores[4:5], abs=1e-4)
     assert np.mean(pick(images, [p for p in prompts[::-1] for _ in range(2)], None)) < np.mean(scores)
 
