@@ -12,6 +12,11 @@ run base-geneval --reward geneval --epochs 0 --eval_prompts 0
 for seed in 0 1 2; do run ocr-seed$seed --reward ocr --seed $seed; done
 run redness
 
+# Composition
+for seed in 0 1 2; do
+    run geneval-seed$seed --reward geneval --seed $seed --same_noise --groups 16 --epochs 40 --eval_every 10 --eval_prompts 0 --eval_reward toy_taste
+done
+
 # What was tried and the ablations, on a part of the training prompts: the test prompts decide nothing
 mkdir -p dev/ocr dev/geneval
 head -n 333 toy/ocr/train.txt > dev/ocr/train.txt
