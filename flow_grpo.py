@@ -682,9 +682,10 @@ def train(config):
                     row |= train_epoch(model, config, reward_functions, train_set, epoch)
                     bar.set_postfix_str("reward {reward:.3f}, kl {kl:.2g}, clipped {clip_low:.0%} {clip_high:.0%}".format(**row))
                     bar.update()
-            except FloatingPointError as error:
-                stop(f"epoch {epoch}: {error}; to go on from the last checkpoint: --resume --name {config.name}, where a lower "
-                     "--learning_rate may help")
+            except (FloatingPointError, rewards.RewardError) as error:
+                bar.close()  # so that the message has a line of its own
+                stop(f"epoch {epoch}: {error}; to go on from the last checkpoint: --resume --name {config.name}" + (
+                    ", where a lower --learning_rate may help" if isinstance(error, FloatingPointError) else ""))
             rows.append({key: float(value) for key, value in row.items() if math.isfinite(value)} | {"epoch": epoch})
             interrupted = any(gather(asked)) and not last
             if RANK == 0:
@@ -692,6 +693,7 @@ def train(config):
                 if last or interrupted or (epoch + 1) % config.save_every == 0:
                     save(model, folder, min(epoch + 1, config.epochs))
             if interrupted:
+                bar.close()
                 stop(f"interrupted after epoch {epoch}; to go on: --resume --name {config.name}")
     if RANK == 0:
         draw_results(folder, config.epochs)

@@ -1113,6 +1113,7 @@ def test_a_reward_that_fails_late_leaves_the_last_checkpoint(desk, capsys):
     options = [*TINY, "--epochs", "4", "--save_every", "1", "--name", "x", "--reward", "custom:later"]
     with pytest.raises(SystemExit):
         flow_grpo.main(options)
+    assert re.search(r"epoch 2: reward custom:later failed: .*--resume --name x$", one_line(capsys))
     assert len(load_file("runs/x/checkpoint/state.safetensors")) > 100
     assert [json.loads(line)["epoch"] for line in open("runs/x/metrics.jsonl")] == [0, 1]
     sys.modules.pop("custom")  # the user mends it
