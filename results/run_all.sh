@@ -40,17 +40,9 @@ for seed in 0 1 2; do ocr lr15_b1_s$seed --seed $seed; done   # the defaults
 ocr steps40 --train_steps 40 --window 8
 ocr steps5 --train_steps 5 --window 1
 ocr window0 --window 0
-ocr window1 --window 1
-ocr window3 --window 3
-ocr cps --sde cps --noise_level 0.8
-ocr noise0.1 --noise_level 0.1
 ocr noise0.4 --noise_level 0.4
 ocr noise1.0 --noise_level 1
 ocr groups4x32 --groups 4 --group_size 32
-ocr size24 --groups 5 --group_size 24
-ocr size12 --groups 11 --group_size 12
-ocr size6 --groups 21 --group_size 6
-ocr std_group --std_over group
 ocr same_noise --same_noise
 ocr updates1 --updates 1
 ocr updates4 --updates 4
