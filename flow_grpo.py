@@ -27,7 +27,7 @@ here only two are, at a random place, which is the authors' later and faster Flo
 are options, too: --sde cps, --guard, and training without guidance, --guidance 1.
 
 Chapters 1 to 7 are the method, in the order of understanding; 8 to 10 are files, processes and the command line. With
-one process RANK is 0, and my_part() and gather() return what they are given.
+one process RANK is 0, and my_part() and gather() return what they are given; stop() ends the run with one line.
 
   python flow_grpo.py                                       # a colour reward on the embedded toy model
   python flow_grpo.py --reward ocr                          # teach it to write, judged by a real OCR engine
@@ -193,8 +193,8 @@ class Config:
     eval_steps: int = opt(40, "T of the evaluation", least=2)
     noise_level: float = opt(0.7, "a in sigma_t: too little explores nothing, too much spoils the images", least=1e-6)
     window: int = opt(2, "SDE steps, in a row somewhere in the noisy half, and only they are trained; 0: all but the last", least=0)
-    same_noise: bool = opt(False, "a group starts from one noise, so that its images differ by the SDE's noise alone: with a window "
-                                  "far less noisy gradients; not the paper's")
+    same_noise: bool = opt(False, "a group starts from one noise, so that its images differ by the SDE's noise alone; to be used with "
+                                  "--window; in the paper they start from different ones")
     sde: str = opt("flow", "flow: the paper's; cps: coefficient-preserving sampling (arXiv 2509.05952), no noise left in the image",
                    choices=("flow", "cps"))
     guidance: float = opt(1.0, "classifier-free, in sampling and training; 1 is off and twice as fast; FLUX: its distilled guidance", least=1)
@@ -628,8 +628,8 @@ def train_epoch(model, config, reward_functions, train_set, epoch):
     rng, clock = random.Random(f"{config.seed}/{epoch}"), [time.time()]
     repeats = math.ceil(config.groups / len(train_set))  # more than 1 only for a dataset smaller than one epoch
     chosen = rng.sample(train_set * repeats, config.groups)
-    # PAPER/CODE: members of a group differ from their first noise on. With --same_noise the group shares it, as in the first
-    # version of the official Flow-GRPO-Fast.
+    # Members of a group differ from their first noise on; with --same_noise the group shares it, as in the first version of
+    # the official Flow-GRPO-Fast.
     samples = [(*row, rng.getrandbits(60)) for row in chosen for _ in range(config.group_size)]
     sde_steps = choose_sde_steps(config, rng)
     prompts, metadata, seeds = zip(*my_part(samples))
@@ -973,8 +973,7 @@ def memory(model, config):
     the update keeps for its backward pass, or an encoding of the prompts, whichever is more.
 
     The network keeps about 25 numbers for each token, channel and layer, with checkpointing 1 and those of one layer.
-    (Counted with saved_tensors_hooks in SD3.5-Medium's own blocks in bf16: 29 with dual attention, 21 without. Attention
-    matrices are not among them: fused kernels do not keep them.)
+    (The tests count them in SD3.5-Medium's blocks. Attention matrices are not among them: fused kernels do not keep them.)
     """
     size = lambda modules: sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
     pipe, net = model.pipe, model.pipe.transformer.config

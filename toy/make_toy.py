@@ -1,7 +1,7 @@
 """Make the embedded toy: a tiny StableDiffusion3Pipeline that draws signs and simple shapes at 48x48.
 
     python toy/make_toy.py             # about 100 minutes on 2 CPU cores; run it again to resume
-    python toy/make_toy.py pickscore   # afterwards, about half an hour: toy/pickscore, a CLIP that imitates a viewer's taste
+    python toy/make_toy.py pickscore   # afterwards: toy/pickscore, a CLIP that imitates a viewer's taste
 
 The world is calm (few layouts, one font, six colours), so that a model of 2.5 M parameters draws it
 crisply. Its captions are noisy, as captions on the web are: a careless painter made part of the images. He
