@@ -18,13 +18,14 @@ Symbols (diffusers calls t `sigma` and has no name for sigma_t)
   sigma_t    how much noise the SDE adds, a sqrt(t/(1-t)); a is `noise_level`; `sigma` in the code (with --sde cps, where
              the formula is another, sigma is the std itself)
   mean, std  of the Gaussian step from x_t to x_{t+dt}
+  T, K, B    steps of a drawing, the SDE steps among them, images in a tensor; [B, ...] are shapes
 
-Where paper and official code (github.com/yifan123/flow_grpo) disagree this file follows the code, as the paper's
-numbers came from it: log-probabilities are averaged over the latent's dimensions, not summed; the KL has no dt;
-advantages are divided by the standard deviation of the whole batch (the paper's: --std_over group); the last step is
-not trained. Each is marked PAPER/CODE at its line. In the paper all steps are stochastic (--window 0); by default
-here only two are, at a random place, which is the authors' later and faster Flow-GRPO-Fast. Their other additions
-are options, too: --sde cps, --guard, and training without guidance, --guidance 1.
+Where paper and official code (github.com/yifan123/flow_grpo) disagree this file follows the code, as the published learning
+rate, clip range and beta were made for it: log-probabilities are averaged over the latent's dimensions, not summed; the KL has
+no dt; advantages are divided by the standard deviation of the whole batch (the paper's: --std_over group); the last step is not
+trained. Each is marked PAPER/CODE at its line. In the paper all steps are stochastic (--window 0: all but the last); by default
+here only two are, at a random place, which is the authors' later and faster Flow-GRPO-Fast. Their other additions are options,
+too: --sde cps, --guard, and training without guidance, --guidance 1.
 
 Chapters 1 to 7 are the method, in the order of understanding; 8 to 10 are files, processes and the command line. With
 one process RANK is 0, and my_part() and gather() return what they are given; stop() ends the run with one line.
@@ -68,8 +69,8 @@ import rewards
 def sde_noise(t, noise_level, sde="flow"):
     """How much noise each step adds. t: the grid [T+1] from 1 to 0 -> sigma [T]
 
-    flow: sigma_t, below equation 9, by which the noise has the variance sigma_t^2 |dt|. At t = 1 the formula divides by
-    zero. There the official code (sd3_sde_with_logprob.py) puts the second grid point's t in the denominator.
+    flow: sigma_t = a sqrt(t/(1-t)), printed below equation 9; a step's noise has the variance sigma_t^2 |dt|. At t = 1 the
+    formula divides by zero. There the official code (sd3_sde_with_logprob.py) puts the second grid point's t in the denominator.
     cps: the noise's standard deviation itself.
     """
     now, later = t[:-1], t[1:]
@@ -94,8 +95,8 @@ def sde_mean(x, v, t, dt, sigma, sde="flow"):
     x, v = x.float(), v.float()
     t, dt, sigma = (a.view(-1, *[1] * (x.ndim - 1)) for a in (t, dt, sigma))  # [B, 1, ...]
     if sde == "cps":
-        data, noise, later = x - t * v, x + (1 - t) * v, t + dt
-        return (1 - later) * data + torch.sqrt(later**2 - sigma**2) * noise
+        data_pred, noise_pred, later = x - t * v, x + (1 - t) * v, t + dt
+        return (1 - later) * data_pred + torch.sqrt(later**2 - sigma**2) * noise_pred
     return x + (v + sigma**2 / (2 * t) * (x + (1 - t) * v)) * dt
 
 
@@ -120,21 +121,21 @@ def gaussian_kl(mean, mean_ref, sigma):
     """KL between two SDE steps that differ in their means. mean, mean_ref: [B, ...]; sigma: [B] -> [B]
 
     PAPER/CODE: the paper prints the variance sigma^2 |dt|; the code leaves out dt and averages over the dimensions.
-    The paper's beta = 0.04 belongs to the code's form. (For cps, where sigma is the std, this is the KL by dimension: as if
-    dt were there, so that the same beta weighs about ten times as much at T = 10.)
+    The published beta = 0.04 belongs to the code's form: before, with dt, the authors had 0.004. (For cps sigma already is the
+    step's std, so this is the KL with dt; at T = 10 the same beta then weighs about ten times as much.)
     """
     return ((mean - mean_ref) ** 2).flatten(1).mean(1) / (2 * sigma**2)
 
 
-def group_advantages(rewards, std_over="batch"):
-    """How good each image is for its prompt (equation 4). rewards: [groups, group_size] -> the same shape
+def group_advantages(scores, std_over="batch"):
+    """How good each image is for its prompt (equation 4). scores: the rewards, [groups, group_size] -> the same shape
 
     PAPER/CODE: the paper divides by the group's std; the code, by default, by that of the whole batch, so that a
     group of nearly equal rewards is not blown up. The 1e-4 and the clamp are the code's (stat_tracking.py, train_sd3.py).
     """
-    rewards = rewards.float().double()  # float32 numbers add up exactly in float64: equal rewards give exactly 0
-    centred = rewards - rewards.mean(1, keepdim=True)
-    std = rewards.std(unbiased=False) if std_over == "batch" else rewards.std(1, unbiased=False, keepdim=True)
+    scores = scores.float().double()  # float32 numbers add up exactly in float64: equal rewards give exactly 0
+    centred = scores - scores.mean(1, keepdim=True)
+    std = scores.std(unbiased=False) if std_over == "batch" else scores.std(1, unbiased=False, keepdim=True)
     return (centred / (std + 1e-4)).clamp(-5, 5).float()
 
 
@@ -187,22 +188,23 @@ class Config:
     eval_every: int = opt(4, "epochs between evaluations; there is always one before the first epoch and after the last", least=1)
     save_every: int = opt(5, "epochs between checkpoints; there is always one after the last", least=1)
     # sampling
-    groups: int = opt(8, "prompts an epoch; more make the gradient less noisy and the epoch longer", least=1)
+    groups: int = opt(8, "prompts per epoch; more make the gradient less noisy and the epoch longer", least=1)
     group_size: int = opt(16, "images of each prompt, compared with each other; the paper saw 6 and 12 collapse", least=2)
     train_steps: int = opt(10, "T while training: few steps are enough to tell good from bad (denoising reduction)", least=2)
     eval_steps: int = opt(40, "T of the evaluation", least=2)
     noise_level: float = opt(0.7, "a in sigma_t: too little explores nothing, too much spoils the images", least=1e-6)
-    window: int = opt(2, "SDE steps, in a row somewhere in the noisy half, and only they are trained; 0: all but the last", least=0)
-    same_noise: bool = opt(False, "a group starts from one noise, so that its images differ by the SDE's noise alone; to be used with "
-                                  "--window; in the paper they start from different ones")
-    sde: str = opt("flow", "flow: the paper's; cps: coefficient-preserving sampling (arXiv 2509.05952), no noise left in the image",
+    window: int = opt(2, "SDE steps, in a row somewhere in the noisy half, and only they are trained; 0: all but the last", 0)
+    same_noise: bool = opt(False, "a group starts from one noise, so that its images differ by the SDE's noise alone; to be used "
+                                  "with --window; in the paper they start from different ones")
+    sde: str = opt("flow", "flow: the paper's; cps: coefficient-preserving (arXiv 2509.05952), which leaves no noise in the image",
                    choices=("flow", "cps"))
-    guidance: float = opt(1.0, "classifier-free, in sampling and training; 1 is off and twice as fast; FLUX: its distilled guidance", least=1)
+    guidance: float = opt(1.0, "classifier-free, in sampling and training; 1 is off and twice as fast; FLUX: its distilled "
+                               "guidance", least=1)
     # learning
-    updates: int = opt(2, "optimizer steps an epoch; in the first all ratios are 1, clipping acts on the later ones", least=1)
+    updates: int = opt(2, "optimizer steps per epoch; in the first all ratios are 1, clipping acts on the later ones", least=1)
     learning_rate: float = opt(1.5e-3, "of AdamW", least=1e-12)
     clip_range: float = opt(1e-3, "epsilon, how far a ratio may leave 1; small, as log-probabilities are averages", least=1e-12)
-    guard: bool = opt(False, "GRPO-Guard (arXiv 2510.22319): ratios centred, of one scale at all steps; clip range about 1e-6")
+    guard: bool = opt(False, "GRPO-Guard (arXiv 2510.22319): ratios centred, of one scale at all steps; clip range 2e-6 to 4e-6")
     beta: float = opt(0.1, "weight of the KL to the base model: more keeps quality and diversity and slows the reward", least=0)
     std_over: str = opt("batch", "whose standard deviation divides the advantages", choices=("batch", "group"))
     lora_rank: int = opt(32, "size of what is trained", least=1)
@@ -222,13 +224,14 @@ PAPER = dict(model="stabilityai/stable-diffusion-3.5-medium", resolution=512, ma
 PRESETS = {
     "toy": {},
     "sd3.5-medium": PAPER,
-    "sd3.5-medium-24gb": PAPER | dict(groups=12, batch_size=4, gradient_checkpointing=True, offload=True),
+    # Smaller epochs, and evaluations that do not cost more than all the epochs between them.
+    "sd3.5-medium-24gb": PAPER | dict(groups=12, batch_size=4, gradient_checkpointing=True, offload=True, eval_prompts=100),
     # The official config/grpo.py and train_flux.py; the paper has no settings for FLUX.
     "flux.1-dev": PAPER | dict(model="black-forest-labs/FLUX.1-dev", train_steps=6, eval_steps=28, guidance=3.5, noise_level=0.9,
                                beta=0.0, lora_rank=64, lora_alpha=128, batch_size=4, gradient_checkpointing=True),
 }
 MAY_CHANGE = ("resume", "epochs", "eval_every", "save_every", "learning_rate", "batch_size", "gradient_checkpointing",
-              "offload", "eval_reward")  # when a run is resumed
+              "offload", "eval_reward", "eval_prompts", "eval_per_prompt", "eval_steps")  # when a run is resumed
 
 
 # --------------------------------------------------------------------------------------------------------- 3. model
@@ -241,7 +244,7 @@ class Model:
     optimizer: torch.optim.Optimizer
     ema: list                         # moving averages of params
     empty: list                       # the empty prompt's condition, for guidance
-    updates: int = 0                  # optimizer steps so far
+    updates_done: int = 0             # optimizer steps so far
 
     @property
     def device(self):
@@ -256,10 +259,12 @@ def is_flux(part):
 def load_model(config):
     """A pipeline with a fresh LoRA on its transformer; the toy, SD3.5 and FLUX take the same path."""
     import diffusers
+    import huggingface_hub
     import transformers
     for library in (diffusers, transformers):  # they warn of the toy's unusual VAE, and draw bars for reading 5 MB
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # the line above silences downloads, too, and these may take an hour
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     source = Path(__file__).with_name("toy") if config.model == "toy" else config.model
@@ -319,16 +324,17 @@ def encode(pipe, config, prompts):
             embeds, _, pooled, _ = pipe.encode_prompt(batch, None, None, device=device, do_classifier_free_guidance=False,
                                                       max_sequence_length=length)
         parts.append((embeds.cpu(), pooled.cpu()))
-    for module in text_encoders(pipe) if config.offload else ():
-        module.cpu()
+    if config.offload:
+        for module in text_encoders(pipe):
+            module.cpu()
     return [torch.cat(part) for part in zip(*parts)]
 
 
 def velocity(model, config, x, t, condition):
     """The network, with classifier-free guidance. x: [B, C, H, W], t: [B] -> v [B, C, H, W], float32
 
-    Sampling and training both come through here. With another guidance in either the ratio would compare two policies; and
-    without gradients through both branches they would not be this policy's.
+    Sampling and training both call this. Were the guidance different in one of them, the ratio would compare two policies; were
+    the gradient cut in the branch of the empty prompt, it would not be the gradient of the policy that sampled.
     """
     embeds, pooled = (c.to(x.device) for c in condition)
     guided = config.guidance != 1 and not is_flux(model.pipe)  # FLUX has learned to guide itself
@@ -362,7 +368,7 @@ def flux_network(pipe, config, hidden_states, timestep, encoder_hidden_states, *
 
 
 def time_grid(pipe, config, T):
-    """The scheduler's own grid [T+1] from 1 to 0: denser near 1, as each model wants it."""
+    """The scheduler's own grid [T+1] from 1 to 0: even for the toy, denser near 1 for SD3.5 and FLUX."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
     options, settings = dict(num_inference_steps=T), pipe.scheduler.config
     if is_flux(pipe):
@@ -394,9 +400,9 @@ class Rollout:
     t: torch.Tensor             # [T+1] the time grid
     sigma: torch.Tensor         # [T]
     sde_steps: range            # K successive steps
-    # Of those steps, in the CPU's memory, so that an epoch may be larger than the GPU; None if K is 0:
+    # Of those steps, in the CPU's memory, as an epoch may not fit on the GPU:
     latents: torch.Tensor       # [B, K+1, C, H, W] before the first and after each
-    means: torch.Tensor         # [B, K, C, H, W] with --guard
+    means: torch.Tensor         # [B, K, C, H, W] with --guard, else None
     log_prob: torch.Tensor      # [B, K]
 
 
@@ -431,35 +437,36 @@ def rollout(model, config, prompts, seeds, T, sde_steps, first_seeds=None, on_im
     shape = (pipe.vae.config.latent_channels, side, side)
     normal = lambda generators: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-    images, records = [], []
+    images, K = [], len(sde_steps)
+    latents, log_prob = torch.empty(len(prompts), K + 1, *shape), torch.empty(len(prompts), K)
+    means = torch.empty(len(prompts), K, *shape) if config.guard else None
     starts = range(0, len(prompts), config.batch_size)
     with tqdm(total=len(starts) * T, desc="sampling", unit="step", leave=False, disable=RANK > 0) as bar:
         for start in starts:
             micro = slice(start, start + config.batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[micro]]
             first = [torch.Generator().manual_seed(seed) for seed in first_seeds[micro]] if first_seeds else generators
+            asked = [c[prompt_index[micro]] for c in condition]
             x = normal(first)  # [b, C, H, W]
-            path, means, log_probs = [], [], []
             for i in range(T):
                 t_i, dt_i, sigma_i = (a[i].expand(len(x)) for a in (t, dt, sigma))  # [b]
-                v = velocity(model, config, x, t_i, [c[prompt_index[micro]] for c in condition])
+                v = velocity(model, config, x, t_i, asked)
                 if i in sde_steps:
-                    path = path or [x.cpu()]
-                    x, log_prob, mean = sde_step(x, v, t_i, dt_i, sigma_i, config.sde, noise=normal(generators))
-                    path.append(x.cpu())
-                    means += [mean.cpu()] if config.guard else []
-                    log_probs.append(log_prob.cpu())
+                    k = i - sde_steps.start
+                    latents[micro, k] = x
+                    x, log_prob[micro, k], mean = sde_step(x, v, t_i, dt_i, sigma_i, config.sde, noise=normal(generators))
+                    latents[micro, k + 1] = x
+                    if config.guard:
+                        means[micro, k] = mean
                 else:
                     x = x + v * dt[i]
-                for image, finite in enumerate(x.isfinite().flatten(1).all(1).tolist()):
+                for prompt, finite in zip(prompts[micro], x.isfinite().flatten(1).all(1).tolist()):
                     if not finite:
-                        raise FloatingPointError(f"the latents of {prompts[start + image]!r} are not finite after step {i}")
+                        raise FloatingPointError(f"the latents of {prompt!r} are not finite after step {i}")
                 bar.update()
             images += decode(pipe, x)
             on_images(images[micro], micro)
-            records.append([torch.stack(part, 1) if part else None for part in (path, means, log_probs)])
-    record = [torch.cat(part) if part[0] is not None else None for part in zip(*records)]
-    return Rollout(images, distinct, condition, prompt_index, t, sigma, sde_steps, *record)
+    return Rollout(images, distinct, condition, prompt_index, t, sigma, sde_steps, latents, means, log_prob)
 
 
 # -------------------------------------------------------------------------------------------------------- 5. update
@@ -474,23 +481,22 @@ def update(model, config, drawn, advantages, rng):
     size, K = config.group_size, len(drawn.sde_steps)
     share, rows, grad_norms = size // config.updates, [], []
     members = my_part([rng.sample(range(size), size) for _ in range(config.groups)])  # each group in a random order
-    for k in range(config.updates):
-        pairs = [(g * size + image, step) for g, order in enumerate(members)
-                 for image in order[k * share:(k + 1) * share] for step in range(K)]
+    for part in range(config.updates):
+        pairs = [(g * size + image, k) for g, order in enumerate(members)
+                 for image in order[part * share:(part + 1) * share] for k in range(K)]
         for start in range(0, len(pairs), config.batch_size):
-            image, step = torch.tensor(pairs[start:start + config.batch_size]).T  # [b], [b]
-            loss, row = loss_of(model, config, drawn, advantages, image, step)
-            if k == 0:
+            loss, row = loss_of(model, config, drawn, advantages, *torch.tensor(pairs[start:start + config.batch_size]).T)
+            if part == 0:
                 check_ratio(row["ratio"], config)
             (loss.sum() / (config.groups * share * K)).backward()  # equation 5: the mean over images and steps
             rows.append({key: value.tolist() for key, value in row.items()})
         sum_gradients(model.params)
         grad_norms.append(torch.nn.utils.clip_grad_norm_(model.params, 1.0).item())  # 1.0: the official config
         if not math.isfinite(grad_norms[-1]):
-            raise FloatingPointError(f"the gradient is {grad_norms[-1]} in update {k + 1}")
+            raise FloatingPointError(f"the gradient is {grad_norms[-1]} in update {part + 1}")
         model.optimizer.step()
         model.optimizer.zero_grad()
-        model.updates += 1
+        model.updates_done += 1
         ema_step(model, config)
     rows = gather(rows)
     loss, kl, ratio = (np.concatenate([row[key] for row in rows]) for key in ("policy_loss", "kl", "ratio"))
@@ -499,20 +505,21 @@ def update(model, config, drawn, advantages, rng):
                 grad_norm=np.mean(grad_norms))
 
 
-def loss_of(model, config, drawn, advantages, image, step):
-    """Equation 5 for a micro-batch of steps, to be minimised. image, step: [b], which of the images, and which of its K
-    recorded steps -> loss [b], and of each its policy_loss, ratio and kl
+def loss_of(model, config, drawn, advantages, i, k):
+    """Equation 5 for a micro-batch of steps, to be minimised -> loss [b], and of each its policy_loss, ratio and kl
+
+    i, k: [b], which of the images, and which of its K recorded steps.
     """
     x, x_next, log_prob_old, A = (a.to(model.device) for a in (
-        drawn.latents[image, step], drawn.latents[image, step + 1], drawn.log_prob[image, step], advantages[image]))
-    place = (drawn.sde_steps.start + step).to(model.device)  # on the time grid
+        drawn.latents[i, k], drawn.latents[i, k + 1], drawn.log_prob[i, k], advantages[i]))
+    place = (drawn.sde_steps.start + k).to(model.device)  # on the time grid
     t, dt, sigma = drawn.t[place], drawn.t.diff()[place], drawn.sigma[place]
-    condition = [c[drawn.prompt_index[image]] for c in drawn.condition]
+    condition = [c[drawn.prompt_index[i]] for c in drawn.condition]
     v = velocity(model, config, x, t, condition)
     _, log_prob, mean = sde_step(x, v, t, dt, sigma, config.sde, x_next=x_next)
     log_ratio = log_prob - log_prob_old
     if config.guard:
-        log_ratio = guarded(log_ratio, mean, drawn.means[image, step].to(model.device), step_std(dt, sigma, config.sde))
+        log_ratio = guarded(log_ratio, mean, drawn.means[i, k].to(model.device), step_std(dt, sigma, config.sde))
     policy_loss, ratio = clipped_loss(log_ratio, A, config.clip_range)
 
     model.pipe.transformer.disable_adapters()  # the reference is the same model without its LoRA
@@ -521,21 +528,22 @@ def loss_of(model, config, drawn, advantages, image, step):
     model.pipe.transformer.enable_adapters()
     kl = gaussian_kl(mean, sde_mean(x, v_ref, t, dt, sigma, config.sde), sigma)  # with beta 0 only to be logged
 
-    weight = 1 / -dt if config.guard else 1  # all steps alike, as guarded ratios are
+    weight = 1 / -dt if config.guard else 1  # as in the official code: short steps count as much as long ones
     loss = policy_loss * weight + config.beta * kl
-    for i, value in enumerate(loss.tolist()):
+    for n, value in enumerate(loss.tolist()):
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of {drawn.prompts[drawn.prompt_index[image[i]]]!r} at step {place[i]} is {value}")
+            raise FloatingPointError(f"the loss of {drawn.prompts[drawn.prompt_index[i[n]]]!r} at step {place[n]} is {value}")
     return loss, dict(policy_loss=policy_loss.detach(), ratio=ratio.detach(), kl=kl.detach())
 
 
 def check_ratio(ratio, config):
     """Before the first optimizer step the policy is still the one that sampled, so each ratio is 1 up to rounding.
 
-    What is let through must not matter: it stays below half of the clip range.
+    What is let through must not matter: at most half of the clip range, but never less than 1e-5, the noise of rounding. (With
+    --guard's 2e-6 that is more than the clip range.)
     """
     deviation = (ratio - 1).abs().max().item()
-    if not deviation <= min(1e-4, max(config.clip_range / 2, 1e-5)):
+    if not deviation <= min(1e-4, max(config.clip_range / 2, 1e-5)):  # "not <=": nan must stop, too
         stop(f"the ratio is off by {deviation:.2g} before the first update, where it must be 1: sampling and training "
              "do not compute the same log-probability (guidance, dropout, a changed rollout, or, with bf16, micro-batches of "
              "another size: let --batch_size divide the images)")
@@ -543,8 +551,8 @@ def check_ratio(ratio, config):
 
 def ema_step(model, config):
     """The decay grows with the number of updates, so that the average is not stuck at the start (official ema.py)."""
-    if model.updates % config.ema_every == 0:
-        decay = min(config.ema_decay, (1 + model.updates) / (10 + model.updates))
+    if model.updates_done % config.ema_every == 0 or config.ema_decay == 0:  # off: the weights themselves
+        decay = min(config.ema_decay, (1 + model.updates_done) / (10 + model.updates_done))
         for average, p in zip(model.ema, model.params):
             average.lerp_(p.detach(), 1 - decay)
 
@@ -582,7 +590,8 @@ def evaluate(model, config, reward_functions, watched, test_set, folder, epoch):
     if len(scores) > 1:
         metrics |= {f"eval_reward/{name}": values.mean() for name, values in scores.items()}
     tags = np.array(gather([row.get("tag", "") for row in metadata]))  # GenEval's tasks
-    metrics |= {f"eval_accuracy/{tag}": right[tags == tag].mean() for tag in sorted(set(tags) - {""})}
+    if right.any():  # else this reward may have no full mark
+        metrics |= {f"eval_accuracy/{tag}": right[tags == tag].mean() for tag in sorted(set(tags) - {""})}
     shown = gather(list(zip(images, prompts))[::per_prompt][:GRID[0] * GRID[1]])
     if RANK == 0:
         draw_grid(shown, total[::per_prompt], folder / f"samples/{epoch:04d}.png")
@@ -634,15 +643,15 @@ def train_epoch(model, config, reward_functions, train_set, epoch):
     sde_steps = choose_sde_steps(config, rng)
     prompts, metadata, seeds = zip(*my_part(samples))
     first_seeds = None
-    if config.same_noise:  # + 1: not that image's own generator, whose first numbers would come again as its SDE's noise
+    if config.same_noise:  # + 1: with the first image's own seed its starting noise would come again as its SDE's noise
         first_seeds = [seeds[i - i % config.group_size] + 1 for i in range(len(seeds))]
     with ThreadPoolExecutor(1) as pool:  # rewards are computed while the next images are drawn
-        parts = []
-        score = lambda images, micro: parts.append(
+        futures = []
+        score = lambda images, micro: futures.append(
             pool.submit(rewards.score, reward_functions, images, prompts[micro], metadata[micro]))
         drawn = rollout(model, config, prompts, seeds, config.train_steps, sde_steps, first_seeds, score)
         clock.append(time.time())
-        parts = [part.result() for part in parts]
+        parts = [future.result() for future in futures]
     scores = {name: gather([value for part in parts for value in part[name]]) for name in parts[0]}
     total = torch.tensor(scores["reward"]).view(config.groups, config.group_size)
     advantages = group_advantages(total, config.std_over)
@@ -664,9 +673,9 @@ def train(config):
     if len(test_set) < WORLD:
         stop(f"--dataset {config.dataset}: has {len(test_set)} test prompts, and each of the {WORLD} processes needs one")
     folder = gather([run_folder(config)])[0]
-    config.name = folder.name
+    config.name = folder.relative_to("runs").as_posix()
     reward_functions, watched = (rewards.load(spec) if spec else {} for spec in (config.reward, config.eval_reward))
-    prompts, metadata = zip(train_set[0], test_set[0])  # what does not fit shows here, not after the first epoch
+    prompts, metadata = zip(train_set[0], test_set[0])  # blank images: a reward that does not suit the dataset fails now
     rewards.score(reward_functions | watched, [Image.new("RGB", (64, 64))] * 2, prompts, metadata)
     model = load_model(config)
     start, rows = begin(config, model, folder)
@@ -696,9 +705,10 @@ def train(config):
                 bar.close()
                 stop(f"interrupted after epoch {epoch}; to go on: --resume --name {config.name}")
     if RANK == 0:
-        draw_results(folder, config.epochs)
+        draw_results(folder, rows)
         print(f"look at {folder / 'before_after.png'} and {folder / 'curve.png'}")
-    disconnect()
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------- 8. what a run reads and writes
@@ -739,11 +749,6 @@ def run_folder(config):
     return folder
 
 
-def read_metrics(folder):
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def begin(config, model, folder):
     """-> the epoch to start with, and the rows of metrics before it"""
     start = load(model, folder) if config.resume else 0
@@ -751,13 +756,15 @@ def begin(config, model, folder):
         stop(f"--epochs {config.epochs}: the run to resume is already at {start}")
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        # A LoRA parameter's checkpoint has 16 bytes, twice while the new one replaces the old, and its diffusers file 4.
+        # A LoRA parameter's checkpoint has 16 bytes and its diffusers file 4, both twice while the new one replaces the old.
         free, needed = shutil.disk_usage(folder).free, 40 * sum(p.numel() for p in model.params) + 10**7
         if free < needed:
             stop(f"--name {folder.name}: {folder} has {free / 1e6:.0f} MB left, and checkpoints need {needed / 1e6:.0f} MB")
         write(folder / "config.json", json.dumps(asdict(config) | {"resume": False}, indent=1))
         print(f"{folder}\n{describe(model, config)}")
-    return start, [row for row in read_metrics(folder) if row["epoch"] < start]
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if start and path.exists() else []
+    return start, [row for row in rows if row["epoch"] < start]
 
 
 def write(path, text):
@@ -778,7 +785,7 @@ def save(model, folder, epoch):
         tensors |= {f"optimizer.{i}.{key}": value.contiguous() for key, value in model.optimizer.state[p].items()}
     path = folder / "checkpoint/state.safetensors"
     path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path.with_suffix(".tmp"), metadata=dict(epoch=str(epoch), updates=str(model.updates)))
+    save_file(tensors, path.with_suffix(".tmp"), metadata=dict(epoch=str(epoch), updates=str(model.updates_done)))
     os.replace(path.with_suffix(".tmp"), path)
     swap_ema(model)
     # The adapter's settings go with it: without lora_alpha diffusers would scale it by 1, not by alpha / rank.
@@ -804,14 +811,15 @@ def load(model, folder):
                 if kind == "optimizer":
                     value, p = file.get_tensor(key), model.params[int(i)]
                     model.optimizer.state[p][rest[0]] = value if rest[0] == "step" else value.to(p.device)
-            model.updates = int(file.metadata()["updates"])
+            model.updates_done = int(file.metadata()["updates"])
             return int(file.metadata()["epoch"])
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, IndexError) as error:
         stop(f"{path}: is damaged or not of this run ({str(error).splitlines()[0]}); to begin again at epoch 0 delete it")
 
 
-def draw_results(folder, epoch):
-    """before_after.png, the first and the last sample grid, and curve.png from metrics.jsonl"""
+def draw_results(folder, rows):
+    """before_after.png, the first and the last sample grid, and curve.png from the rows of metrics.jsonl"""
+    epoch = rows[-1]["epoch"]
     before, after = (Image.open(folder / f"samples/{e:04d}.png") for e in (0, epoch))
     both = Image.new("RGB", (before.width, before.height + after.height + 60), "white")
     draw, font = ImageDraw.Draw(both), ImageFont.load_default(20)
@@ -825,7 +833,7 @@ def draw_results(folder, epoch):
     axes = figure.subplots()
     for key, label, style in (("reward", "training reward (SDE)", "-"), ("eval_reward", "evaluation reward (ODE)", "o-"),
                               ("eval_accuracy", "evaluation accuracy (ODE)", "s-")):
-        points = [(row["epoch"], row[key]) for row in read_metrics(folder) if key in row]
+        points = [(row["epoch"], row[key]) for row in rows if key in row]
         if any(value for _, value in points):  # a reward that cannot reach 1 has no accuracy
             axes.plot(*zip(*points), style, label=label)
     axes.set(xlabel="epoch", title=folder.name)
@@ -847,11 +855,6 @@ def connect():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
         dist.init_process_group()
-
-
-def disconnect():
-    if WORLD > 1:
-        dist.destroy_process_group()
 
 
 def my_part(items):
@@ -881,7 +884,7 @@ def sum_gradients(params):
 
 
 def stop(message):
-    """A user's mistake: one line, exit code 2, no traceback."""
+    """End the run with one line on stderr and exit code 2, no traceback."""
     print(f"flow_grpo.py: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -912,7 +915,7 @@ def parse_config(argv=None):
     if config.resume:
         path = run_folder(config) / "config.json"
         try:
-            saved = asdict(Config(**json.loads(path.read_text())))
+            saved = asdict(Config(**json.loads(path.read_text()))) | {"name": path.parent.relative_to("runs").as_posix()}
         except (OSError, ValueError, TypeError) as error:
             stop(f"--resume: {path} is not the config of a run of this version ({error})")
     parser.set_defaults(**saved)
@@ -960,9 +963,11 @@ def describe(model, config):
     pairs = images // c.updates * K // WORLD
     lora = sum(p.numel() for p in model.params)
     processes = f"{WORLD} process{'es' * (WORLD > 1)} ({model.device})"
-    lines = [f"{c.groups} groups x {c.group_size} = {images} images an epoch on {processes}",
-             f"{K} of {c.train_steps} steps trained, {c.updates} updates an epoch, each of {images // c.updates} images x {K} "
-             f"steps in {math.ceil(pairs / c.batch_size)} micro-batches of {c.batch_size} (a process)",
+    lines = [f"{c.groups} groups x {c.group_size} = {images} images per epoch on {processes}",
+             f"{K} of {c.train_steps} steps trained, {c.updates} updates per epoch, each of {images // c.updates} images x {K} "
+             f"steps in {math.ceil(pairs / c.batch_size)} micro-batches of {c.batch_size} (per process)",
+             f"evaluation of {c.eval_prompts or 'all'} test prompts x {c.eval_per_prompt} in {c.eval_steps} steps, every "
+             f"{c.eval_every} epochs",
              f"LoRA on {len(model.params)} tensors with {lora:,} parameters",
              f"memory of a GPU: about {memory(model, config) / 1e9:.1f} GB, and what the reward's own models take"]
     return "\n".join(lines)
@@ -995,6 +1000,8 @@ def ctrl_c():
 
     def first(*_):
         asked.append(True)
+        if RANK == 0:
+            print("\nstopping after this epoch; Ctrl-C again stops at once", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = signal.signal(signal.SIGINT, first)
@@ -1010,6 +1017,9 @@ def main(argv=None):
         train(config)
     except rewards.RewardError as error:
         stop(str(error))
+    except torch.OutOfMemoryError:
+        stop("the GPU's memory is full: lower --batch_size, then add --gradient_checkpointing, then --offload, and go on with "
+             f"--resume --name {config.name}, where all three may change")
     except KeyboardInterrupt:
         stop(f"interrupted; to go on from the last checkpoint: --resume --name {config.name}")
     except (OSError, SafetensorError) as error:  # a full or unwritable disk; what was written whole stays

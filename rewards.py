@@ -193,8 +193,8 @@ def geneval_score(found, row):
 
     found: [{"class", "color", "box": (left, top, right, bottom)}]; row: GenEval metadata. Counting gives
     1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. A colour or a place that was asked for is
-    worth nothing while the count is wrong; else colour gives the same fraction and place 0 or 1. The official reward server adds an extra 1 after a wrong
-    place, so that a failure scores 0.75; the paper does not, and this does not.
+    worth nothing while the count is wrong; else colour gives the same fraction and place 0 or 1. The official reward
+    server adds an extra 1 after a wrong place, so that a failure scores 0.75; the paper does not, and this does not.
     """
     terms, groups = [], []
     for asked in row["include"]:
@@ -324,9 +324,11 @@ def taste(image, row):
 
 def from_hub(load, name, size):
     """load(name), or one clear line when the weights are neither on this machine nor to be had."""
+    import huggingface_hub
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # the line above silences downloads, too
     try:
         return load(name)
     except (OSError, ValueError) as error:
@@ -486,8 +488,8 @@ def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name
 
 # ----------------------------------------------------------------------------------------------- a model's judgement
 
-QUESTION = ("This image was generated for the caption: {prompt}\nHow well does it show what the caption says, and how good does it "
-            "look? Answer with one digit from 1 (bad) to 5 (excellent) and nothing else.")
+QUESTION = ("This image was generated for the caption: {prompt}\nHow well does it show what the caption says, and how good does "
+            "it look? Answer with one digit from 1 (bad) to 5 (excellent) and nothing else.")
 
 
 def vlm(name="Qwen/Qwen2.5-VL-3B-Instruct"):

@@ -264,7 +264,7 @@ def fresh():
             p.data = value.clone()
         model.optimizer.state.clear()
         model.optimizer.zero_grad()
-        model.ema, model.updates = [value.clone() for value in start], 0
+        model.ema, model.updates_done = [value.clone() for value in start], 0
         return model
     return reset
 
@@ -546,7 +546,7 @@ def test_the_ema_grows_into_its_decay(fresh):
     with torch.no_grad():
         for p in model.params:
             p += 1
-    for model.updates in (1, 2):
+    for model.updates_done in (1, 2):
         flow_grpo.ema_step(model, config)
     decay = 3 / 12  # (1 + n) / (10 + n) with n = 2: of two updates only the second counts
     close(model.params[0] - model.ema[0], torch.full_like(model.ema[0], decay), 1e-4)
@@ -555,6 +555,10 @@ def test_the_ema_grows_into_its_decay(fresh):
     assert torch.equal(model.params[0], before[1]) and torch.equal(model.ema[0], before[0])
     flow_grpo.swap_ema(model)
     assert torch.equal(model.params[0], before[0]) and torch.equal(model.ema[0], before[1])
+
+    model.updates_done = 3  # off: the weights themselves, also where ema_every would skip this update
+    flow_grpo.ema_step(model, small(ema_decay=0, ema_every=2))
+    assert torch.equal(model.params[0], model.ema[0])
 
 
 def test_an_evaluation_draws_with_the_averaged_weights(fresh, tmp_path):
@@ -709,7 +713,7 @@ def test_a_run_says_what_follows_from_its_options(fresh, monkeypatch):
     config = small(groups=3, group_size=4, updates=2, window=2, batch_size=5)
     model = fresh(config)
     text = flow_grpo.describe(model, config)
-    assert "3 groups x 4 = 12 images an epoch on 1 process (" in text and "2 of 6 steps trained, 2 updates an epoch" in text
+    assert "3 groups x 4 = 12 images per epoch on 1 process (" in text and "2 of 6 steps trained, 2 updates per epoch" in text
     calls = []  # forward passes that gradients go through, by their size
     velocity = flow_grpo.velocity
     def counted(model, config, x, *rest):
@@ -1031,6 +1035,8 @@ def test_without_weights_a_reward_says_so_in_one_line(name, monkeypatch):
     with pytest.raises(rewards.RewardError, match=r"its model \S+/\S+ \([\d.]+ GB\) cannot be loaded") as error:
         rewards.load(name)
     assert "\n" not in str(error.value)
+    from huggingface_hub.utils import are_progress_bars_disabled
+    assert not are_progress_bars_disabled()  # gigabytes must not look like a hang
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -1152,6 +1158,11 @@ def test_a_run_writes_what_the_readme_says(desk, capsys):
     assert "--group_size 8: the run to resume has 4" in capsys.readouterr().err
     flow_grpo.main(["--resume", "--name", "x", "--epochs", "2", "--learning_rate", "0.02"])
     assert json.loads(Path("runs/x/config.json").read_text())["learning_rate"] == 0.02
+    Path("runs/keep").mkdir()
+    os.rename("runs/x", "runs/keep/y")  # it goes by its folder, not by the name that it once had
+    flow_grpo.main(["--resume", "--name", "keep/y", "--eval_prompts", "1", "--eval_per_prompt", "3"])
+    saved = json.loads(Path("runs/keep/y/config.json").read_text())
+    assert (saved["name"], saved["epochs"], saved["eval_prompts"]) == ("keep/y", 2, 1) and not Path("runs/x").exists()
 
 
 def test_the_readme_points_at_the_right_lines():
@@ -1257,12 +1268,22 @@ def ink(images, prompts, metadata):
     options = [*TINY, "--epochs", "3", "--save_every", "9", "--eval_every", "9"]
     with pytest.raises(SystemExit):
         flow_grpo.main([*options, "--reward", "press:ink", "--name", "pressed"])
-    assert "interrupted after epoch 1" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "stopping after this epoch" in told and "interrupted after epoch 1" in told
     assert [row["epoch"] for row in timeless(desk / "runs/pressed")] == [0, 1]
     assert (desk / "runs/pressed/checkpoint/state.safetensors").exists()
     flow_grpo.main(["--resume", "--name", "pressed"])
     flow_grpo.main([*options, "--reward", "press:ink", "--name", "whole"])
     assert_same_run(desk / "runs/whole", desk / "runs/pressed")
+
+
+def test_a_full_gpu_is_one_line_that_says_what_helps(desk, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    monkeypatch.setattr(flow_grpo, "update", full)
+    with pytest.raises(SystemExit):
+        flow_grpo.main([*TINY, "--name", "x"])
+    assert re.search("lower --batch_size, .*--gradient_checkpointing.*--resume --name x", one_line(capsys))
 
 
 def one_line(capsys):
@@ -1382,7 +1403,7 @@ def ink(images, prompts, metadata):
         assert a.norm() > 0 and (a - b).norm() < 1e-3 * a.norm()
     for a, b in zip(timeless(desk / "runs/one"), timeless(desk / "runs/two")):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"kl", "clip_low", "clip_high"}:  # with beta 0 the KL is measured on a sample
+        for key in a.keys() - {"kl", "clip_low", "clip_high"}:
             assert a[key] == pytest.approx(b[key], rel=1e-2, abs=1e-6), key
     assert "2 processes" in done.stdout and done.stdout.count("look at") == 1  # only the first one speaks
     assert Path("rank0").exists() and Path("rank1").exists()

@@ -130,9 +130,12 @@ if __name__ == "__main__":
     default = "tried/lr15_b1_s0"
     curves("denoising", {"tried/steps40": "T = 40", default: "T = 10", "tried/steps5": "T = 5"}, "steps while training",
            {"tried/steps40": "tried/time-steps40", default: "tried/time-steps10", "tried/steps5": "tried/time-steps5"})
-    curves("windows", {"tried/window0": "all but the last", default: "2"}, "SDE steps of T = 10",
-           {"tried/window0": "tried/time-window0", default: "tried/time-steps10"})
-    curves("noise", {"tried/noise0.4": "a = 0.4", default: "a = 0.7", "tried/noise1.0": "a = 1"}, "noise level")
-    curves("seeds", {default: "seed 0", "tried/lr15_b1_s1": "seed 1", "tried/lr15_b1_s2": "seed 2"}, "the defaults")
+    curves("windows", {"tried/window0": "all but the last", "tried/window1": "1", default: "2", "tried/window3": "3", "tried/cps": "2, CPS"},
+           "SDE steps of T = 10")
+    curves("noise", {"tried/noise0.1": "a = 0.1", "tried/noise0.4": "a = 0.4", default: "a = 0.7", "tried/noise1.0": "a = 1"}, "noise level")
+    curves("groups", {"tried/groups4x32": "4 x 32", "tried/groups5x24": "5 x 24", default: "8 x 16", "tried/groups11x12": "11 x 12",
+                      "tried/groups21x6": "21 x 6"}, "groups x group size")
+    curves("seeds", {default: "seed 0", "tried/lr15_b1_s1": "seed 1", "tried/lr15_b1_s2": "seed 2", "tried/same_noise-s0": "same noise, 0",
+                     "tried/same_noise-s1": "same noise, 1", "tried/same_noise-s2": "same noise, 2"}, "three seeds, different and same first noise")
     if (RESULTS.parent / "runs/ocr-seed0").exists():
         strip("training", RESULTS.parent / "runs/ocr-seed0", (0, 4, 8, 12, 16))
