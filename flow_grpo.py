@@ -446,11 +446,11 @@ def rollout(model, config, prompts, seeds, T, sde_steps, first_seeds=None, on_im
             micro = slice(start, start + config.batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[micro]]
             first = [torch.Generator().manual_seed(seed) for seed in first_seeds[micro]] if first_seeds else generators
-            asked = [c[prompt_index[micro]] for c in condition]
+            micro_condition = [c[prompt_index[micro]].to(device) for c in condition]
             x = normal(first)  # [b, C, H, W]
             for i in range(T):
                 t_i, dt_i, sigma_i = (a[i].expand(len(x)) for a in (t, dt, sigma))  # [b]
-                v = velocity(model, config, x, t_i, asked)
+                v = velocity(model, config, x, t_i, micro_condition)
                 if i in sde_steps:
                     k = i - sde_steps.start
                     latents[micro, k] = x

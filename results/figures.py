@@ -111,15 +111,33 @@ def epoch_seconds(run):
     return np.mean([sum(row[f"seconds_{part}"] for part in ("sampling", "reward", "update")) for row in rows_of(run)[1:3]])
 
 
-def strip(name, run, epochs):
-    """The same prompts and seeds over the training: the first row of each of the run's pictures."""
-    pictures = [Image.open(run / f"samples/{epoch:04d}.png") for epoch in epochs]
-    width, height = pictures[0].width, 178  # a row: 150 pixels of image and two lines of text
-    image = Image.new("RGB", (width + 90, height * len(pictures)), "white")
+def hacking(seeds=(0, 1, 2)):
+    """PickScore's proxy, the taste that it imitates, and diversity, with and without KL: a line for each seed."""
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    keys = {"eval_reward": "trained on: toy_pickscore", "eval_reward/toy_taste": "held out: toy_taste", "eval_diversity": "diversity"}
+    for axes, (key, title) in zip(figure.subplots(1, 3), keys.items()):
+        for run, label, color in (("pick-seed", "with KL", "tab:blue"), ("pick-nokl-seed", "without KL", "tab:red")):
+            for seed in seeds:
+                points = [(row["epoch"], row[key]) for row in rows_of(f"{run}{seed}") if key in row]
+                axes.plot(*zip(*points), "o-", markersize=3, color=color, alpha=0.8, label=label if seed == 0 else None)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(OUT / "hacking.png", dpi=110)
+
+
+def strip(name, pictures):
+    """The same prompts and seeds in several sample grids: the first row of each. pictures: {label: path}; does nothing where one is
+    missing, as runs/ is only on the machine that made it."""
+    if not all(path.exists() for path in pictures.values()):
+        return
+    grids = {label: Image.open(path) for label, path in pictures.items()}
+    width, height = next(iter(grids.values())).width, 178  # a row: 150 pixels of image and two lines of text
+    image = Image.new("RGB", (width + 90, height * len(grids)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    for i, (epoch, picture) in enumerate(zip(epochs, pictures)):
-        image.paste(picture.crop((0, 0, width, height)), (90, i * height))
-        draw.text((4, i * height + 65), f"epoch {epoch}", font=font, fill="black")
+    for i, (label, grid) in enumerate(grids.items()):
+        image.paste(grid.crop((0, 0, width, height)), (90, i * height))
+        draw.text((4, i * height + 65), label, font=font, fill="black")
     image.save(OUT / f"{name}.png")
 
 
@@ -137,5 +155,8 @@ if __name__ == "__main__":
                       "tried/groups21x6": "21 x 6"}, "groups x group size")
     curves("seeds", {default: "seed 0", "tried/lr15_b1_s1": "seed 1", "tried/lr15_b1_s2": "seed 2", "tried/same_noise-s0": "same noise, 0",
                      "tried/same_noise-s1": "same noise, 1", "tried/same_noise-s2": "same noise, 2"}, "three seeds, different and same first noise")
-    if (RESULTS.parent / "runs/ocr-seed0").exists():
-        strip("training", RESULTS.parent / "runs/ocr-seed0", (0, 4, 8, 12, 16))
+    hacking()
+    runs = RESULTS.parent / "runs"
+    strip("training", {f"epoch {e}": runs / f"ocr-seed0/samples/{e:04d}.png" for e in (0, 4, 8, 12, 16)})
+    strip("hacking-pictures", {"base": runs / "pick-seed0/samples/0000.png", "with KL": runs / "pick-seed0/samples/0048.png",
+                               "without KL": runs / "pick-nokl-seed0/samples/0048.png"})

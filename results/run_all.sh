@@ -17,6 +17,29 @@ for seed in 0 1 2; do
     run geneval-seed$seed --reward geneval --seed $seed --same_noise --groups 16 --epochs 40 --eval_every 10 --eval_prompts 0 --eval_reward toy_taste
 done
 
+# Human preference, with KL and without; composition and text without KL; every model on all tasks
+for seed in 0 1 2; do
+    pick="--reward toy_pickscore --eval_reward toy_taste,geneval --same_noise --learning_rate 3e-3 --epochs 48 --eval_every 8 --seed $seed"
+    run pick-seed$seed $pick --beta 0.3
+    run pick-nokl-seed$seed $pick --beta 0
+    run ocr-nokl-seed$seed --reward ocr --beta 0 --seed $seed
+done
+run geneval-nokl-seed0 --reward geneval --beta 0 --same_noise --groups 16 --epochs 40 --eval_every 10 --eval_prompts 0 --eval_reward toy_taste
+python results/cross.py runs/base-ocr runs/{ocr,pick,geneval}-{seed,nokl-seed}[012] > results/cross.jsonl
+
+# Generalisation: no crosses, no purple, no "four" in the training
+python results/generalise.py
+run generalise --reward geneval --dataset dev/generalise --same_noise --groups 16 --epochs 40 --eval_every 10 --eval_prompts 0 \
+    --eval_reward toy_taste
+
+# Longer, on the same test prompts
+for seed in 0 1 2; do
+    cp -r runs/geneval-seed$seed runs/geneval48-seed$seed
+    run geneval48-seed$seed --resume --epochs 48
+done
+cp -r runs/geneval-seed0 runs/geneval-drop-seed0
+run geneval-drop-seed0 --resume --epochs 56 --learning_rate 5e-4 --eval_every 8
+
 # What was tried and the ablations, on a part of the training prompts: the test prompts decide nothing
 mkdir -p dev/ocr dev/geneval
 head -n 333 toy/ocr/train.txt > dev/ocr/train.txt
@@ -40,10 +63,18 @@ for seed in 0 1 2; do ocr lr15_b1_s$seed --seed $seed; done   # the defaults
 ocr steps40 --train_steps 40 --window 8
 ocr steps5 --train_steps 5 --window 1
 ocr window0 --window 0
+ocr window1 --window 1
+ocr window3 --window 3
+ocr cps --sde cps --noise_level 0.8 --beta 0.01
+ocr noise0.1 --noise_level 0.1
 ocr noise0.4 --noise_level 0.4
 ocr noise1.0 --noise_level 1
 ocr groups4x32 --groups 4 --group_size 32
-ocr same_noise --same_noise
+ocr groups5x24 --groups 5 --group_size 24
+ocr groups11x12 --groups 11 --group_size 12
+ocr groups21x6 --groups 21 --group_size 6
+for seed in 0 1 2; do ocr same_noise-s$seed --same_noise --seed $seed; done
+ocr std-group --std_over group
 ocr updates1 --updates 1
 ocr updates4 --updates 4
 ocr clip1e-4 --clip_range 1e-4
@@ -58,7 +89,19 @@ geneval d_gen_g1 --learning_rate 1e-3 --beta 0.3 --epochs 24
 geneval geneval-8x16 --epochs 48
 geneval geneval-16x16 --groups 16 --epochs 32 --learning_rate 2e-3 --beta 0.05
 geneval geneval-same-8x16 --epochs 32 --beta 0.05 --same_noise
-geneval geneval-same-16x16 --groups 16 --epochs 32 --same_noise
+geneval geneval-same-16x16 --groups 16 --epochs 64 --same_noise
+geneval geneval-b0.3 --groups 16 --epochs 40 --same_noise --beta 0.3
+# From here on 5e-4: stopped at 32 epochs, then resumed
+geneval geneval-drop --groups 16 --epochs 32 --same_noise
+run geneval-drop --resume --epochs 48 --learning_rate 5e-4 --eval_every 4
+
+pick() { run "$@" --reward toy_pickscore --eval_reward toy_taste,geneval --dataset dev/geneval --eval_every 8; }
+pick pick --epochs 24
+pick pick-same --epochs 24 --same_noise
+pick pick-same-beta0 --epochs 24 --same_noise --beta 0
+pick pick-hack --epochs 64 --same_noise --beta 0 --learning_rate 3e-3
+pick pick-hack-b0.3 --epochs 40 --same_noise --beta 0.3 --learning_rate 3e-3
+pick pick-hack-b1 --epochs 40 --same_noise --beta 1 --learning_rate 3e-3
 
 # SD3.5-Medium's real size, on a CPU
 python results/real-size/make_model.py big-random
