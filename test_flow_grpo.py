@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -1035,8 +1036,7 @@ def test_without_weights_a_reward_says_so_in_one_line(name, monkeypatch):
     with pytest.raises(rewards.RewardError, match=r"its model \S+/\S+ \([\d.]+ GB\) cannot be loaded") as error:
         rewards.load(name)
     assert "\n" not in str(error.value)
-    from huggingface_hub.utils import are_progress_bars_disabled
-    assert not are_progress_bars_disabled()  # gigabytes must not look like a hang
+    assert not huggingface_hub.utils.are_progress_bars_disabled()  # gigabytes must not look like a hang
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -1150,6 +1150,7 @@ def test_a_run_writes_what_the_readme_says(desk, capsys):
             "eval_accuracy", "eval_diversity"} <= set(first)
     assert set(last) >= {"epoch", "eval_reward", "eval_accuracy", "eval_diversity"}
     assert "runs/x" in capsys.readouterr().out
+    assert not huggingface_hub.utils.are_progress_bars_disabled()  # a hub model's gigabytes must not look like a hang
     with pytest.raises(SystemExit):  # nothing is overwritten by accident
         flow_grpo.main([*TINY, "--name", "x"])
     assert "exists" in capsys.readouterr().err

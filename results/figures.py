@@ -1,7 +1,7 @@
 """Draws the figures of results/README.md: python results/figures.py
 
-The first two are computed here, from flow_grpo.py's own functions; the curves are read from the runs' metrics.jsonl, and the strip is cut from
-the pictures of runs/ocr-seed0, where that run is on this machine.
+The first two are computed here, from flow_grpo.py's own functions; the curves are read from the runs' metrics.jsonl; strips and film
+are cut from the pictures in runs/, where those runs are on this machine.
 """
 import json
 import sys
@@ -116,7 +116,7 @@ def hacking(seeds=(0, 1, 2)):
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     keys = {"eval_reward": "trained on: toy_pickscore", "eval_reward/toy_taste": "held out: toy_taste", "eval_diversity": "diversity"}
     for axes, (key, title) in zip(figure.subplots(1, 3), keys.items()):
-        for run, label, color in (("pick-seed", "with KL", "tab:blue"), ("pick-nokl-seed", "without KL", "tab:red")):
+        for run, label, color in (("pick-fast-seed", "with KL", "tab:blue"), ("pick-fast-nokl-seed", "without KL", "tab:red")):
             for seed in seeds:
                 points = [(row["epoch"], row[key]) for row in rows_of(f"{run}{seed}") if key in row]
                 axes.plot(*zip(*points), "o-", markersize=3, color=color, alpha=0.8, label=label if seed == 0 else None)
@@ -126,19 +126,34 @@ def hacking(seeds=(0, 1, 2)):
     figure.savefig(OUT / "hacking.png", dpi=110)
 
 
-def strip(name, pictures):
-    """The same prompts and seeds in several sample grids: the first row of each. pictures: {label: path}; does nothing where one is
+def strip(name, pictures, rows=1):
+    """The same prompts and seeds in several sample grids: the first rows of each. pictures: {label: path}; does nothing where one is
     missing, as runs/ is only on the machine that made it."""
     if not all(path.exists() for path in pictures.values()):
         return
     grids = {label: Image.open(path) for label, path in pictures.items()}
-    width, height = next(iter(grids.values())).width, 178  # a row: 150 pixels of image and two lines of text
+    width, height = next(iter(grids.values())).width, rows * 178  # a row: 150 pixels of image and two lines of text
     image = Image.new("RGB", (width + 90, height * len(grids)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     for i, (label, grid) in enumerate(grids.items()):
         image.paste(grid.crop((0, 0, width, height)), (90, i * height))
-        draw.text((4, i * height + 65), label, font=font, fill="black")
+        draw.text((4, i * height + height // 2 - 20), label, font=font, fill="black")
     image.save(OUT / f"{name}.png")
+
+
+def film(run):
+    """The first two rows of a run's sample grids as an animation; the run evaluates after every epoch."""
+    frames, font = [], ImageFont.load_default(20)
+    for path in sorted((run / "samples").glob("*.png")):
+        grid = Image.open(path)
+        grid = grid.crop((0, 0, grid.width, 2 * 178)).resize((grid.width * 2 // 3, 2 * 178 * 2 // 3), Image.LANCZOS)
+        frame = Image.new("RGB", (grid.width, grid.height + 30), "white")
+        ImageDraw.Draw(frame).text((4, 2), f"after {int(path.stem)} epochs", font=font, fill="black")
+        frame.paste(grid, (0, 30))
+        frames.append(frame.quantize(64))
+    if frames:
+        frames[0].save(OUT / f"{run.name}.gif", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[1500] + [400] * (len(frames) - 2) + [3000])
 
 
 if __name__ == "__main__":
@@ -158,5 +173,6 @@ if __name__ == "__main__":
     hacking()
     runs = RESULTS.parent / "runs"
     strip("training", {f"epoch {e}": runs / f"ocr-seed0/samples/{e:04d}.png" for e in (0, 4, 8, 12, 16)})
-    strip("hacking-pictures", {"base": runs / "pick-seed0/samples/0000.png", "with KL": runs / "pick-seed0/samples/0048.png",
-                               "without KL": runs / "pick-nokl-seed0/samples/0048.png"})
+    strip("hacking-pictures", {"base": runs / "pick-fast-seed0/samples/0000.png", "with KL": runs / "pick-fast-seed0/samples/0048.png",
+                               "without KL": runs / "pick-fast-nokl-seed0/samples/0048.png"}, rows=2)
+    film(runs / "film")

@@ -11,6 +11,7 @@ run base-geneval --reward geneval --epochs 0 --eval_prompts 0
 # Text rendering, and the colour reward
 for seed in 0 1 2; do run ocr-seed$seed --reward ocr --seed $seed; done
 run redness
+run film --reward ocr --eval_every 1 --eval_prompts 16 --eval_per_prompt 1
 
 # Composition
 for seed in 0 1 2; do
@@ -19,13 +20,14 @@ done
 
 # Human preference, with KL and without; composition and text without KL; every model on all tasks
 for seed in 0 1 2; do
-    pick="--reward toy_pickscore --eval_reward toy_taste,geneval --same_noise --learning_rate 3e-3 --epochs 48 --eval_every 8 --seed $seed"
-    run pick-seed$seed $pick --beta 0.3
-    run pick-nokl-seed$seed $pick --beta 0
+    pick="--reward toy_pickscore --eval_reward toy_taste,geneval --same_noise --epochs 48 --eval_every 8 --seed $seed"
+    run pick-seed$seed $pick
+    run pick-fast-seed$seed $pick --learning_rate 3e-3 --beta 0.3
+    run pick-fast-nokl-seed$seed $pick --learning_rate 3e-3 --beta 0
     run ocr-nokl-seed$seed --reward ocr --beta 0 --seed $seed
 done
 run geneval-nokl-seed0 --reward geneval --beta 0 --same_noise --groups 16 --epochs 40 --eval_every 10 --eval_prompts 0 --eval_reward toy_taste
-python results/cross.py runs/base-ocr runs/{ocr,pick,geneval}-{seed,nokl-seed}[012] > results/cross.jsonl
+python results/cross.py runs/base-ocr runs/{ocr,geneval,pick,pick-fast}-{seed,nokl-seed}[012] > results/cross.jsonl
 
 # Generalisation: no crosses, no purple, no "four" in the training
 python results/generalise.py
@@ -90,7 +92,6 @@ geneval geneval-8x16 --epochs 48
 geneval geneval-16x16 --groups 16 --epochs 32 --learning_rate 2e-3 --beta 0.05
 geneval geneval-same-8x16 --epochs 32 --beta 0.05 --same_noise
 geneval geneval-same-16x16 --groups 16 --epochs 64 --same_noise
-geneval geneval-b0.3 --groups 16 --epochs 40 --same_noise --beta 0.3
 # From here on 5e-4: stopped at 32 epochs, then resumed
 geneval geneval-drop --groups 16 --epochs 32 --same_noise
 run geneval-drop --resume --epochs 48 --learning_rate 5e-4 --eval_every 4
