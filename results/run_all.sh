@@ -84,7 +84,7 @@ ocr guidance1.2 --guidance 1.2
 
 # What an epoch costs, nothing else running
 for T in "40 --window 8" "10" "5 --window 1"; do ocr time-steps${T%% *} --epochs 3 --eval_prompts 2 --train_steps $T; done
-ocr time-window0 --epochs 3 --eval_prompts 2 --window 0
+for T in 10 40; do ocr time-window0-T$T --epochs 3 --eval_prompts 2 --window 0 --train_steps $T; done
 
 geneval() { run "$@" --reward geneval --dataset dev/geneval --eval_every 8; }
 geneval d_gen_g1 --learning_rate 1e-3 --beta 0.3 --epochs 24
