@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Every run of results/README.md; each writes runs/<name>, of which results/ keeps metrics.jsonl, config.json and
-# what was printed. The logs add up to 11 hours, most of them with one thread and another run on the second core: so half of that, two at a time. Run it from the top folder: bash results/run_all.sh
+# Every run of results/README.md; each writes runs/<name>, of which results/ keeps metrics.jsonl, config.json and what was printed.
+# The logs add up to 11 hours, most of them with one thread and another run on the second core: half of that, two at a time.
+# Run it from the top folder: bash results/run_all.sh
 set -euo pipefail
 run() { python flow_grpo.py --name "$@"; }
 
