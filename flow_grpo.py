@@ -196,7 +196,7 @@ class Config:
     window: int = opt(2, "SDE steps, in a row somewhere in the noisy half, and only they are trained; 0: all but the last", 0)
     same_noise: bool = opt(False, "a group starts from one noise, so that its images differ by the SDE's noise alone; to be used "
                                   "with --window; in the paper they start from different ones")
-    sde: str = opt("flow", "flow: the paper's; cps: coefficient-preserving (arXiv 2509.05952), which leaves no noise in the image",
+    sde: str = opt("flow", "flow: the paper's; cps: coefficient-preserving (arXiv 2509.05952), leaves no noise in the image",
                    choices=("flow", "cps"))
     guidance: float = opt(1.0, "classifier-free, in sampling and training; 1 is off and twice as fast; FLUX: its distilled "
                                "guidance", least=1)
@@ -259,12 +259,8 @@ def is_flux(part):
 def load_model(config):
     """A pipeline with a fresh LoRA on its transformer; the toy, SD3.5 and FLUX take the same path."""
     import diffusers
-    import huggingface_hub
     import transformers
-    for library in (diffusers, transformers):  # they warn of the toy's unusual VAE, and draw bars for reading 5 MB
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()  # the line above silences downloads, too, and these may take an hour
+    rewards.quiet(diffusers, transformers)  # they warn of the toy's unusual VAE, and draw bars for reading 5 MB
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     source = Path(__file__).with_name("toy") if config.model == "toy" else config.model
@@ -673,7 +669,7 @@ def train(config):
     if len(test_set) < WORLD:
         stop(f"--dataset {config.dataset}: has {len(test_set)} test prompts, and each of the {WORLD} processes needs one")
     folder = gather([run_folder(config)])[0]
-    config.name = folder.relative_to("runs").as_posix()
+    config.name = config.name or folder.name
     reward_functions, watched = (rewards.load(spec) if spec else {} for spec in (config.reward, config.eval_reward))
     prompts, metadata = zip(train_set[0], test_set[0])  # blank images: a reward that does not suit the dataset fails now
     rewards.score(reward_functions | watched, [Image.new("RGB", (64, 64))] * 2, prompts, metadata)
@@ -762,8 +758,7 @@ def begin(config, model, folder):
             stop(f"--name {folder.name}: {folder} has {free / 1e6:.0f} MB left, and checkpoints need {needed / 1e6:.0f} MB")
         write(folder / "config.json", json.dumps(asdict(config) | {"resume": False}, indent=1))
         print(f"{folder}\n{describe(model, config)}")
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if start and path.exists() else []
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if start else []
     return start, [row for row in rows if row["epoch"] < start]
 
 
@@ -915,7 +910,7 @@ def parse_config(argv=None):
     if config.resume:
         path = run_folder(config) / "config.json"
         try:
-            saved = asdict(Config(**json.loads(path.read_text()))) | {"name": path.parent.relative_to("runs").as_posix()}
+            saved = asdict(Config(**json.loads(path.read_text()))) | {"name": config.name or path.parent.name}
         except (OSError, ValueError, TypeError) as error:
             stop(f"--resume: {path} is not the config of a run of this version ({error})")
     parser.set_defaults(**saved)
@@ -1018,8 +1013,8 @@ def main(argv=None):
     except rewards.RewardError as error:
         stop(str(error))
     except torch.OutOfMemoryError:
-        stop("the GPU's memory is full: lower --batch_size, then add --gradient_checkpointing, then --offload, and go on with "
-             f"--resume --name {config.name}, where all three may change")
+        stop("the GPU's memory is full: lower --batch_size, then add --gradient_checkpointing, then --offload; once a run has "
+             f"begun, --resume --name {config.name} takes them, too")
     except KeyboardInterrupt:
         stop(f"interrupted; to go on from the last checkpoint: --resume --name {config.name}")
     except (OSError, SafetensorError) as error:  # a full or unwritable disk; what was written whole stays

@@ -322,13 +322,19 @@ def taste(image, row):
 # --------------------------------------------------------------------------------- models from the Hugging Face hub
 
 
+def quiet(*libraries):
+    """No warnings of these libraries and no bars for reading files; those of downloads, which may take an hour, stay."""
+    import huggingface_hub
+    for library in libraries:
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # the line above silences them, too
+
+
 def from_hub(load, name, size):
     """load(name), or one clear line when the weights are neither on this machine nor to be had."""
-    import huggingface_hub
     import transformers
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()  # the line above silences downloads, too
+    quiet(transformers)
     try:
         return load(name)
     except (OSError, ValueError) as error:

@@ -1164,6 +1164,10 @@ def test_a_run_writes_what_the_readme_says(desk, capsys):
     flow_grpo.main(["--resume", "--name", "keep/y", "--eval_prompts", "1", "--eval_per_prompt", "3"])
     saved = json.loads(Path("runs/keep/y/config.json").read_text())
     assert (saved["name"], saved["epochs"], saved["eval_prompts"]) == ("keep/y", 2, 1) and not Path("runs/x").exists()
+    away = str(desk / "away")  # a folder anywhere
+    flow_grpo.main([*TINY, "--name", away])
+    flow_grpo.main(["--resume", "--name", away, "--epochs", "2"])
+    assert json.loads(Path(away, "config.json").read_text())["name"] == away
 
 
 def test_the_readme_points_at_the_right_lines():

@@ -14,17 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import flow_grpo  # noqa: E402
 import rewards  # noqa: E402
 
+TASKS = {"ocr": (rewards.load("ocr"), {}), "geneval": (rewards.load("geneval"), rewards.load("toy_pickscore,toy_taste"))}
 for folder in map(Path, sys.argv[1:]):
     saved = json.loads((folder / "config.json").read_text())
     config = flow_grpo.Config(**saved | dict(dataset="", eval_prompts=0, eval_per_prompt=2, batch_size=64))
     model = flow_grpo.load_model(config)
     epoch = flow_grpo.load(model, folder)
     row = dict(run=folder.name, epoch=epoch)
-    for task, watched in (("ocr", {}), ("geneval", rewards.load("toy_pickscore,toy_taste"))):
+    for task, (asked, watched) in TASKS.items():
         task_config = dataclasses.replace(config, reward=task)
         (folder / "cross" / task).mkdir(parents=True, exist_ok=True)
-        metrics = flow_grpo.evaluate(model, task_config, rewards.load(task), watched, flow_grpo.load_prompts(task_config, "test"),
+        metrics = flow_grpo.evaluate(model, task_config, asked, watched, flow_grpo.load_prompts(task_config, "test"),
                                      folder / "cross" / task, epoch)
         row |= {f"{task}/{key.removeprefix('eval_')}": round(float(value), 4) for key, value in metrics.items()}
-    kl = [epoch["kl"] for epoch in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "kl" in epoch]
-    print(json.dumps(row | dict(kl=float(np.mean(kl[-4:])) if kl else 0.0)), flush=True)
+    kl = [json.loads(line).get("kl", 0) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]  # the last has none
+    print(json.dumps(row | dict(kl=float(np.mean(kl[-4:] or 0)))), flush=True)
