@@ -481,7 +481,8 @@ def update(model, config, drawn, advantages, rng):
         pairs = [(g * size + image, k) for g, order in enumerate(members)
                  for image in order[part * share:(part + 1) * share] for k in range(K)]
         for start in range(0, len(pairs), config.batch_size):
-            loss, row = loss_of(model, config, drawn, advantages, *torch.tensor(pairs[start:start + config.batch_size]).T)
+            i, k = torch.tensor(pairs[start:start + config.batch_size]).T  # [b], [b]
+            loss, row = loss_of(model, config, drawn, advantages, i, k)
             if part == 0:
                 check_ratio(row["ratio"], config)
             (loss.sum() / (config.groups * share * K)).backward()  # equation 5: the mean over images and steps
