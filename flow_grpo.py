@@ -1,1025 +1,1049 @@
-"""Flow-GRPO in one file: online reinforcement learning for flow-matching image models (arXiv 2505.05470).
+"""Flow-GRPO in one file: reinforcement learning for flow-matching image models (arXiv 2505.05470).
 
-A flow-matching model draws by following an ordinary differential equation from noise to an image. Nothing in
-that is random after the first noise, so there is no action whose probability reinforcement learning could
-raise. Flow-GRPO's answer:
+A flow-matching model turns noise into an image by following an ordinary differential equation, an
+ODE. After the first noise, nothing in that is random. So there is no action whose probability
+reinforcement learning could raise. Flow-GRPO adds randomness, learns from it, and takes it away:
 
-  sde_step          The ODE becomes a stochastic differential equation with the same marginals. Each of its Euler
-                    steps is a Gaussian with a known density: a policy.
-  rollout           For each prompt a group of images is drawn this way, in few steps (T = 10).
-  group_advantages  A reward scores each image. Its advantage is how far it is above its own group.
-  update            The policy moves towards the good images, no further than a clip range, and held near the
-                    model that it started from by a KL penalty.
-  evaluate          The images that count are drawn by the ODE again, with T = 40.
+  sde_step          Each step drops some of the old noise and adds fresh noise. The images stay as
+                    they were, but the step is now a Gaussian with a known density: a policy.
+  rollout           The policy draws a group of images for each prompt, in few steps.
+  group_advantages  A reward scores every image. Was it better than its group?
+  update            Better images are made likelier, worse ones less likely. Clipping keeps an
+                    update small. A KL penalty keeps the model near the one that we began with.
+  evaluate          The images that count are drawn by the ODE again, in more steps.
 
-Symbols (diffusers calls t `sigma` and has no name for sigma_t)
-  t          time: 1 is noise, 0 is data, x_t = (1-t) x_0 + t noise; sampling runs from 1 to 0, so dt < 0
-  x, v       latents, and the velocity dx/dt = noise - data, which the network predicts
-  sigma_t    how much noise the SDE adds, a sqrt(t/(1-t)); a is `noise_level`; `sigma` in the code (with --sde cps, where
-             the formula is another, sigma is the std itself)
-  mean, std  of the Gaussian step from x_t to x_{t+dt}
-  T, K, B    steps of a drawing, the SDE steps among them, images in a tensor; [B, ...] are shapes
+Symbols
+  t, s       time: 1 is noise, 0 is data. A step goes from t down to s. (diffusers says `sigmas`.)
+  x          latents at time t: x = (1-t) data + t noise
+  v          velocity, v = noise - data: what the network predicts
+  sigma      how much noise the SDE adds, a sqrt(t/(1-t)); the paper's a is our `noise_level`
+  mean, std  of the Gaussian step
+  T, K, B    steps of a drawing, SDE steps among them, images in a tensor; [B, ...] are shapes
 
-Where paper and official code (github.com/yifan123/flow_grpo) disagree this file follows the code, as the published learning
-rate, clip range and beta were made for it: log-probabilities are averaged over the latent's dimensions, not summed; the KL has
-no dt; advantages are divided by the standard deviation of the whole batch (the paper's: --std_over group); the last step is not
-trained. Each is marked PAPER/CODE at its line. In the paper all steps are stochastic (--window 0: all but the last); by default
-here only two are, at a random place, which is the authors' later and faster Flow-GRPO-Fast. Their other additions are options,
-too: --sde cps, --guard, and training without guidance, --guidance 1.
+The paper and its official code (github.com/yifan123/flow_grpo) do not always agree. We follow the
+code, because the published learning rate, clip range and beta were made for it. PAPER/CODE marks
+each such place. Chapters 1 to 4 are the method, 5 drives diffusers' models, 6 and 7 are options and
+files. With one process, my_part and gather give back what they are given.
 
-Chapters 1 to 7 are the method, in the order of understanding; 8 to 10 are files, processes and the command line. With
-one process RANK is 0, and my_part() and gather() return what they are given; stop() ends the run with one line.
-
-  python flow_grpo.py                                       # a colour reward on the embedded toy model
-  python flow_grpo.py --reward ocr                          # teach it to write, judged by a real OCR engine
-  python flow_grpo.py --reward ocr --preset sd3.5-medium --dataset FOLDER             # the paper's setting, on a GPU
-  accelerate launch flow_grpo.py --reward ocr --preset sd3.5-medium --dataset FOLDER  # the same on all GPUs
+  python flow_grpo.py --reward ocr                    # teach the embedded toy to write
+  python flow_grpo.py --reward flow_grpo:redness      # your own reward is a function
+  python flow_grpo.py --preset sd3.5-medium --dataset FOLDER               # on a GPU
+  accelerate launch flow_grpo.py --preset sd3.5-medium --dataset FOLDER    # on all GPUs
 """
 import argparse
-import contextlib
-import difflib
+import inspect
+import io
 import json
 import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for onnxruntime, which diffusers imports
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather, gather_object, reduce
+from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 import rewards
 
-# --------------------------------------------------------------------------------------------------- 1. mathematics
-# Pure functions on tensors. All of it is float32, whatever the network computes in: a ratio is the exponential of a
-# difference of log-probabilities, and half precision would leave nothing of it.
+# ------------------------------------------------------------------------------ 1. the mathematics
+# Pure functions. They compute in float32, whatever the network does: a ratio is the exponential of
+# a tiny difference of log-probabilities, and half precision would leave nothing of it.
+#
+# x and v together know the data and the noise: data = x - t v, noise = x + (1-t) v. (These are the
+# network's guesses.) Every step of this file takes them apart and mixes them anew for time s:
+#
+#     x_next = (1-s) data + keep noise + std fresh
+#
+# Two independent noises of sizes keep and std are like one of size sqrt(keep^2 + std^2). The model
+# expects noise of size s at time s. So if keep^2 + std^2 = s^2, the images at time s, as a whole,
+# are distributed as before: the marginals stay. Three choices of keep and std:
+#
+#     ODE        keep = s, std = 0                   the Euler step x + v (s-t)
+#     flow SDE   keep = s - std^2/2t                 equation 9
+#     CPS        keep = sqrt(s^2 - std^2)            arXiv 2509.05952
+#
+# CPS is exact for steps of any size. Equation 9 has keep^2 + std^2 = s^2 + std^2 (1 - s/t) + ...,
+# which is exact for small steps. (That this holds for the true velocity is the paper's appendix A.)
 
 
-def sde_noise(t, noise_level, sde="flow"):
-    """How much noise each step adds. t: the grid [T+1] from 1 to 0 -> sigma [T]
+class Steps(NamedTuple):
+    """The T steps of a drawing. Each field is [T, 1, 1, 1]. at(i) is one step, or one an image."""
+    t: torch.Tensor       # the time before the step
+    s: torch.Tensor       # the time after it
+    keep: torch.Tensor    # how much of the old noise stays
+    std: torch.Tensor     # how much fresh noise is added
+    kl_std: torch.Tensor  # what the KL divides by
 
-    flow: sigma_t = a sqrt(t/(1-t)), printed below equation 9; a step's noise has the variance sigma_t^2 |dt|. At t = 1 the
-    formula divides by zero. There the official code (sd3_sde_with_logprob.py) puts the second grid point's t in the denominator.
-    cps: the noise's standard deviation itself.
+    def at(self, i):
+        return Steps(*(field[i] for field in self))
+
+
+def sde_steps(times, noise_level, sde="flow"):
+    """The time grid [T+1], from 1 down to 0 -> Steps
+
+    sigma is large near t = 1, where nothing is decided yet and there is much to explore. It falls
+    to 0 at t = 0, where little old noise is left to make room, and what is added stays visible.
     """
-    now, later = t[:-1], t[1:]
-    if sde == "cps":
-        return later * math.sin(noise_level * math.pi / 2)
-    return noise_level * torch.sqrt(now / (1 - torch.where(now == 1, t[1], now)))
+    t, s = times[:-1], times[1:]
+    if sde == "flow":
+        # At t = 1 sigma would be infinite. The official code puts the next time in its denominator.
+        below_one = torch.where(t == 1, s[0], t)
+        sigma = noise_level * torch.sqrt(t / (1 - below_one))
+        std = sigma * torch.sqrt(t - s)
+        keep = s - std**2 / (2 * t)
+        kl_std = sigma
+    else:
+        std = s * math.sin(noise_level * math.pi / 2)
+        keep = torch.sqrt(s**2 - std**2)
+        kl_std = std
+    columns = t, s, keep, std, kl_std
+    return Steps(*(column.view(-1, 1, 1, 1) for column in columns))
 
 
-def step_std(dt, sigma, sde="flow"):
-    """The standard deviation of a step's noise. dt, sigma: [B] -> [B]"""
-    return sigma if sde == "cps" else sigma * torch.sqrt(-dt)
+def sde_mean(x, v, step):
+    """Where a step goes on average. x, v: [B, C, H, W] -> [B, C, H, W]
 
-
-def sde_mean(x, v, t, dt, sigma, sde="flow"):
-    """Where a step of the SDE goes on average. x, v: [B, ...]; t, dt, sigma: [B], dt < 0 -> [B, ...]
-
-    flow: equation 9, without its noise. To keep the marginals of the ODE dx = v dt, the noise is balanced by a drift
-    towards more likely x: along the score, which is -(x + (1-t) v) / t (equation 27).
-    cps: split x_t into the data and the noise that v predicts, and mix them anew for t + dt: less of the old noise, so
-    that old and fresh noise together have the std t + dt, however large the step.
+    With the flow SDE's keep this is the mean of equation 9,
+        x + [v + sigma^2/2t (x + (1-t) v)] (s-t).
+    What it adds to the ODE's v is a drift along the score, which is -noise/t (equation 27): towards
+    likelier images, as much as the fresh noise leads away from them.
     """
     x, v = x.float(), v.float()
-    t, dt, sigma = (a.view(-1, *[1] * (x.ndim - 1)) for a in (t, dt, sigma))  # [B, 1, ...]
-    if sde == "cps":
-        data_pred, noise_pred, later = x - t * v, x + (1 - t) * v, t + dt
-        return (1 - later) * data_pred + torch.sqrt(later**2 - sigma**2) * noise_pred
-    return x + (v + sigma**2 / (2 * t) * (x + (1 - t) * v)) * dt
+    data = x - step.t * v
+    noise = x + (1 - step.t) * v
+    return (1 - step.s) * data + step.keep * noise
 
 
-def sde_step(x, v, t, dt, sigma, sde="flow", noise=None, x_next=None):
-    """One step of the SDE: the policy. Arguments as sde_mean -> x_next [B, ...], log_prob [B], mean [B, ...]
+def sde_step(x, v, step, noise=None, x_next=None):
+    """One step of the policy -> x_next [B, C, H, W], its log_prob [B], the mean [B, C, H, W]
 
-    Draws x_next with the given standard normal noise [B, ...]; or, where x_next is given, only computes its
-    log-probability, so that old and new log-probabilities come from the same lines.
+    Draws x_next with the given standard normal noise. Or, given x_next, only scores it: old and new
+    log-probabilities come from the same lines.
+
+    Because x_next = mean + std noise, the gradient of log_prob by the mean is noise/std: it points
+    to the noise that this image happened to draw. Was the image good, the mean moves there. Was it
+    bad, the mean moves away. So the model learns to do by itself what once helped by chance.
     """
-    mean = sde_mean(x, v, t, dt, sigma, sde)
-    std = step_std(dt, sigma, sde).view(-1, *[1] * (x.ndim - 1))  # [B, 1, ...]
+    mean = sde_mean(x, v, step)
     if x_next is None:
-        x_next = mean + std * noise
-    # For cps the official code leaves out all but -(x_next - mean)^2; here it is the same density for both.
-    log_density = -((x_next - mean) / std) ** 2 / 2 - torch.log(std) - math.log(2 * math.pi) / 2
-    # PAPER/CODE: a log-density is a sum over the dimensions; the code averages. A ratio of sums would overflow with
-    # 10^5 dimensions. With averages it stays within thousandths of 1, and so the clip range is that small.
-    return x_next, log_density.flatten(1).mean(1), mean
+        x_next = mean + step.std * noise
+    distance = (x_next - mean) / step.std
+    normalizer = torch.log(step.std) + math.log(2 * math.pi) / 2
+    log_density = -(distance**2) / 2 - normalizer
+    # PAPER/CODE: a log-density is the sum over the D dimensions; the code averages. The ratio then
+    # is the D-th root of the true one: no longer an importance weight, but with the same gradient
+    # direction at ratio 1, and still a measure of how far the policy has moved, which is all that
+    # clipping needs. With D = 10^5 the true ratio would overflow. The root stays within thousandths
+    # of 1. That is why clip ranges are as small as 1e-4.
+    log_prob = log_density.flatten(1).mean(1)
+    return x_next, log_prob, mean
 
 
-def gaussian_kl(mean, mean_ref, sigma):
-    """KL between two SDE steps that differ in their means. mean, mean_ref: [B, ...]; sigma: [B] -> [B]
+def gaussian_kl(mean, mean_ref, kl_std):
+    """KL between two steps that differ in their means only. [B, C, H, W] -> [B]
 
-    PAPER/CODE: the paper prints the variance sigma^2 |dt|; the code leaves out dt and averages over the dimensions.
-    The published beta = 0.04 belongs to the code's form: before, with dt, the authors had 0.004. (For cps sigma already is the
-    step's std, so this is the KL with dt; at T = 10 the same beta then weighs about ten times as much.)
+    A reward is only a stand-in for what we want. Far from the base model there are images that it
+    likes and nobody else does: reward hacking. This makes distance cost something.
+
+    PAPER/CODE: the paper divides by the variance, sigma^2 (t-s). The code leaves (t-s) out, and
+    averages over the dimensions. That only weighs the steps otherwise and changes the scale of
+    beta: the published 0.04 belongs to the code's form. (With (t-s) the authors used 0.004.)
     """
-    return ((mean - mean_ref) ** 2).flatten(1).mean(1) / (2 * sigma**2)
+    squared = (mean - mean_ref) ** 2
+    kl = squared / (2 * kl_std**2)
+    return kl.flatten(1).mean(1)
 
 
 def group_advantages(scores, std_over="batch"):
-    """How good each image is for its prompt (equation 4). scores: the rewards, [groups, group_size] -> the same shape
+    """How much better each image is than its group (equation 4). scores: [groups, group_size]
 
-    PAPER/CODE: the paper divides by the group's std; the code, by default, by that of the whole batch, so that a
-    group of nearly equal rewards is not blown up. The 1e-4 and the clamp are the code's (stat_tracking.py, train_sd3.py).
+    Some prompts are easy and some are hard. A critic would have to learn what to expect of each.
+    The mean reward of a group, same prompt and same policy, says it without a second network.
+
+    PAPER/CODE: the paper divides by the group's std. The code divides by the whole batch's, so that
+    a group of nearly equal rewards is not blown up. 1e-4 and the clamp are from the code, too.
     """
-    scores = scores.float().double()  # float32 numbers add up exactly in float64: equal rewards give exactly 0
-    centred = scores - scores.mean(1, keepdim=True)
-    std = scores.std(unbiased=False) if std_over == "batch" else scores.std(1, unbiased=False, keepdim=True)
-    return (centred / (std + 1e-4)).clamp(-5, 5).float()
+    scores = scores.float().double()  # float32 adds up exactly here: equal rewards give exactly 0
+    if std_over == "batch":
+        std = scores.std(unbiased=False)
+    else:
+        std = scores.std(1, unbiased=False, keepdim=True)
+    better = scores - scores.mean(1, keepdim=True)
+    advantages = better / (std + 1e-4)
+    return advantages.clamp(-5, 5).float()
 
 
-def clipped_loss(log_ratio, advantages, clip_range):
-    """The policy part of equation 5, to be minimised. log_ratio: log_prob - log_prob_old. All [B] -> loss [B], ratio [B]"""
-    ratio = torch.exp(log_ratio)
+def clipped_loss(ratio, advantages, clip_range):
+    """The policy's part of equation 5, to be minimised. All are [B].
+
+    ratio is new over old probability. In an epoch's first update it is 1, and the gradient is that
+    of log_prob times advantage: a plain policy gradient. Clipping acts from the second update on.
+    Where a ratio has left the clip range on the side that its advantage wants, min picks the
+    constant: no gradient, this step is done. On the other side nothing is clipped, so that a
+    mistake can be undone. (log_prob's average makes ratios fall below 1 more than they rise above
+    it, so few are clipped there. GRPO-Guard, arXiv 2510.22319, centres them first.)
+    """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.min(ratio * advantages, clipped * advantages), ratio
+    gain = torch.min(ratio * advantages, clipped * advantages)
+    return -gain
 
 
-def guarded(log_ratio, mean, mean_old, std):
-    """The log-ratio of GRPO-Guard (arXiv 2510.22319), in the official code's form -> [B]
+# -------------------------------------------------------------------------------------- 2. rollout
+# In the words of reinforcement learning: a state is (prompt, t, x), an action is x_next, an episode
+# is one drawing from noise to image. The reward comes once, at the end. Nobody knows which of the
+# steps deserves it, so each step of an image gets the image's advantage.
 
-    log_ratio, std: [B]; mean, mean_old: [B, ...]
 
-    A log-ratio is on average -(mean - mean_old)^2 / (2 std^2), so ratios lie below 1 and hardly ever reach the upper
-    clip; and it grows as std shrinks from step to step. So: add that average, and multiply by std.
+@dataclass
+class Rollout:
+    images: list            # B PIL images, group after group
+    prompts: list           # B texts
+    condition: list         # B encoded prompts: what the network is told, tensors [B, ...]
+    steps: Steps            # all T
+    window: range           # the K of them that are SDE steps
+    latents: torch.Tensor   # [B, K+1, C, H, W] before the first SDE step and after each
+    log_prob: torch.Tensor  # [B, K]
+
+
+def choose_window(config, rng):
+    """Which steps are SDE steps. Only these are trained.
+
+    PAPER/CODE: the paper trains all steps. The code leaves out the last, and so do we. On the grid
+    of SD3 and the toy it starts just above 0, where std is next to nothing and a ratio explodes. On
+    FLUX's grid std is not small there, and its noise would stay in the image. (The official
+    train_sd3.py adds that noise, untrained. We end by the ODE, as train_sd3_fast.py does.)
+
+    A short window, the authors' later Flow-GRPO-Fast, is enough: what an image shows is decided in
+    the noisy half, and the rest only sharpens it. It saves work in the update, K passes for each
+    image instead of T-1. Drawing costs T passes as before.
     """
-    return (log_ratio + ((mean - mean_old) ** 2).flatten(1).mean(1) / (2 * std**2)) * std
+    if config.window == 0:
+        return range(config.train_steps - 1)
+    start = rng.randint(0, config.latest_start)
+    return range(start, start + config.window)
 
 
-# ------------------------------------------------------------------------------------------------------- 2. options
+def normal(policy, generators):
+    """Standard normal noise [B, C, H, W], for each image from its own generator"""
+    shape = policy.latent_shape
+    noise = [torch.randn(shape, generator=generator) for generator in generators]
+    return torch.stack(noise).to(policy.device)
 
 
-def opt(default, why, least=None, choices=None):
-    """An option: its default, what it does (the comment of its line and its text in --help), the values that work."""
-    return field(default=default, metadata=dict(why=why, least=least, choices=choices))
+def draw(policy, prompts, condition, steps, window, seeds, first_seeds=None):
+    """One image for each prompt and seed: SDE steps in the window, ODE steps elsewhere.
+
+    Gives the final x [B, C, H, W] and, of the SDE steps, latents [B, K+1, C, H, W] and log_prob
+    [B, K]. The first noise is each seed's own, or that of first_seeds to make images start alike.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    x = normal(policy, generators)
+    if first_seeds:
+        first = [torch.Generator().manual_seed(seed) for seed in first_seeds]
+        x = normal(policy, first)
+    B, K = len(x), len(window)
+    latents = x.new_empty(B, K + 1, *policy.latent_shape)
+    log_prob = x.new_empty(B, K)
+    for i in range(len(steps.t)):
+        step = steps.at(i)
+        v = policy.velocity(x, step.t, condition)
+        if i in window:
+            k = i - window.start
+            noise = normal(policy, generators)
+            latents[:, k] = x
+            x, log_prob[:, k], _ = sde_step(x, v, step, noise)
+            latents[:, k + 1] = x
+        else:
+            x = x + v * (step.s - step.t)
+        check_finite(x, prompts, f"the latents after step {i}")
+    return x, latents, log_prob
+
+
+@torch.no_grad()
+def rollout(policy, config, prompts, seeds, T, window=range(0), first_seeds=None):
+    """An image for each prompt and seed in T steps, in micro-batches -> Rollout
+
+    Training draws with T = 10. Such images are worse than those of 40 steps. But an advantage only
+    compares images that were drawn alike, and for that they are good enough: denoising reduction.
+    """
+    times = policy.time_grid(T)
+    steps = sde_steps(times, config.noise_level, config.sde)
+    condition = policy.encode(prompts)
+    images, latents, log_probs = [], [], []
+    starts = range(0, len(seeds), config.batch_size)
+    for start in progress(starts, "sampling"):
+        micro = slice(start, start + config.batch_size)
+        own_condition = [c[micro] for c in condition]
+        own_first_seeds = first_seeds and first_seeds[micro]
+        x, path, log_prob = draw(
+            policy, prompts[micro], own_condition, steps, window, seeds[micro], own_first_seeds)
+        images += policy.decode(x)
+        latents.append(path)
+        log_probs.append(log_prob)
+    latents = torch.cat(latents)
+    log_prob = torch.cat(log_probs)
+    return Rollout(images, prompts, condition, steps, window, latents, log_prob)
+
+
+# --------------------------------------------------------------------------------------- 3. update
+
+
+def update(policy, config, drawn, advantages, rng):
+    """An epoch's optimizer steps, each on an equal part of every group's images -> metrics
+
+    drawn, advantages [B]: this process's whole groups. rng is the same on every process.
+    """
+    size = config.group_size
+    K = len(drawn.window)
+    orders = [rng.sample(range(size), size) for _ in range(config.groups)]
+    orders = my_part(orders)
+    first_image = size * torch.arange(len(orders))
+    images = first_image[:, None] + torch.tensor(orders)  # [groups, group_size]
+    terms = []
+    norms = []
+    for part in images.chunk(config.updates, dim=1):
+        i = part.flatten().repeat_interleave(K)  # each image of the part,
+        k = torch.arange(K).repeat(part.numel())  # at each of its SDE steps
+        total = len(i) * PROCESSES.num_processes
+        micro_batches = zip(i.split(config.batch_size), k.split(config.batch_size))
+        for i, k in progress(list(micro_batches), "update"):
+            policy_loss, kl, ratio = losses(policy, config, drawn, advantages, i, k)
+            if not norms:
+                check_ratio(ratio, config.clip_range)
+            loss = policy_loss + config.beta * kl
+            mean = loss.sum() / total  # equation 5: over the images and steps of all processes
+            mean.backward()
+            terms.append(torch.stack([policy_loss, kl, ratio], 1).detach())
+        norms.append(policy.step())
+    metrics = summary(torch.cat(terms), config.clip_range)
+    return metrics | {"grad_norm": np.mean(norms)}
+
+
+def losses(policy, config, drawn, advantages, i, k):
+    """Equation 5's terms for the k-th SDE step of image i -> policy_loss, kl, ratio. All: [b]"""
+    x = drawn.latents[i, k]
+    x_next = drawn.latents[i, k + 1]
+    log_prob_old = drawn.log_prob[i, k]
+    place = drawn.window.start + k  # for each image its own
+    step = drawn.steps.at(place)  # each field is [b, 1, 1, 1]
+    condition = [c[i] for c in drawn.condition]
+
+    v = policy.velocity(x, step.t, condition)
+    _, log_prob, mean = sde_step(x, v, step, x_next=x_next)
+    ratio = torch.exp(log_prob - log_prob_old)
+    advantage = advantages[i].to(ratio.device)
+    policy_loss = clipped_loss(ratio, advantage, config.clip_range)
+
+    with policy.reference(), torch.no_grad():
+        v_ref = policy.velocity(x, step.t, condition)
+    mean_ref = sde_mean(x, v_ref, step)
+    kl = gaussian_kl(mean, mean_ref, step.kl_std)  # with beta 0 it is only logged
+
+    prompts = [drawn.prompts[n] for n in i]
+    check_finite(policy_loss + kl, prompts, "the losses")
+    return policy_loss, kl, ratio
+
+
+def check_ratio(ratio, clip_range):
+    """Before the first optimizer step the policy is still the one that drew: each ratio must be 1.
+
+    Rounding may move it by half of the clip range; up to 1e-5 is always let through.
+    """
+    off = (ratio - 1).abs().max().item()
+    limit = min(1e-4, max(clip_range / 2, 1e-5))
+    if not off <= limit:  # not "off > limit": nan must stop, too
+        stop(f"the ratio is off by {off:.2g} before the first update, where it must be 1: sampling "
+             "and training do not compute the same log-probability (guidance, dropout, a changed "
+             "rollout, or, with bf16, micro-batches of several sizes: let --batch_size divide the "
+             "images)")
+
+
+# ------------------------------------------------------------------------------------- 4. training
+
+
+def redness(images, prompts, metadata):
+    """A reward in three lines: how much more red than green or blue. Yours can be as simple."""
+    pixels = [np.asarray(image, float) / 255 for image in images]
+    means = [image.mean((0, 1)) for image in pixels]
+    return [r - max(g, b) for r, g, b in means]
+
+
+def train_epoch(policy, config, reward, train_set, epoch):
+    """Sample, score, compare, update -> metrics. All randomness comes from (seed, epoch)."""
+    rng = random.Random(f"{config.seed}/{epoch}")
+    groups = config.groups
+    size = config.group_size
+    repeats = math.ceil(groups / len(train_set))  # above 1 for a dataset smaller than an epoch
+    chosen = rng.sample(train_set * repeats, groups)
+    samples = [(*row, rng.getrandbits(60)) for row in chosen for _ in range(size)]
+    window = choose_window(config, rng)
+
+    prompts, metadata, seeds = zip(*my_part(samples))
+    first_seeds = None
+    if config.same_noise:  # every image of a group starts as its first one
+        first_seeds = [seeds[i - i % size] for i in range(len(seeds))]
+    drawn = rollout(policy, config, prompts, seeds, config.train_steps, window, first_seeds)
+    scores = score(reward, drawn.images, prompts, metadata)
+    total = torch.tensor(scores["reward"]).view(groups, size)
+    advantages = group_advantages(total, config.std_over)
+    advantages = my_part(advantages).flatten()
+    metrics = update(policy, config, drawn, advantages, rng)
+
+    equal = total.amax(1) == total.amin(1)
+    metrics["no_signal"] = equal.float().mean()  # the share of groups that teach nothing
+    metrics["group_std"] = total.std(1).mean()
+    metrics["reward_std"] = total.std()
+    return averages(scores, "reward") | metrics
+
+
+def evaluate(policy, config, reward, test_set, folder, epoch):
+    """Draw the test prompts by the ODE, from the same seeds every time -> metrics
+
+    Noise was needed to learn, not to draw. The ODE has the same network and, up to the error of
+    large steps, the same marginals, so what made noisy images better makes these better. The
+    weights are a moving average: single updates are noisy, their average is less so.
+
+    Accuracy is the share of images whose first reward is 1, the most that OCR and GenEval give.
+    """
+    n = config.eval_per_prompt
+    test_set = test_set[:config.eval_prompts or None]
+    numbered = my_part(list(enumerate(test_set)))
+    samples = [(*row, i * n + j) for i, row in numbered for j in range(n)]
+    prompts, metadata, seeds = zip(*samples)
+    with policy.averaged():
+        images = rollout(policy, config, prompts, seeds, config.eval_steps).images
+    scores = score(reward, images, prompts, metadata)
+    first = next(iter(reward))
+    right = scores[first] == 1
+    metrics = averages(scores, "eval_reward")
+    metrics |= accuracies(right, test_set)
+    metrics["eval_diversity"] = diversity(images, n)
+    draw_grid(images[::n], test_set, scores["reward"][::n], folder, epoch)
+    return metrics
+
+
+def train(config):
+    """The whole run: evaluate now and then, train in between, write everything down."""
+    train_set = load_prompts(config, "train")
+    test_set = load_prompts(config, "test")
+    reward, watched = load_rewards(config, train_set, test_set)
+    policy = load_policy(config, [prompt for prompt, _ in train_set + test_set])
+    folder, rows, tracker = begin(config, policy)
+    trained = sum("grad_norm" in row for row in rows)
+    for epoch in range(trained, config.epochs + 1):
+        row = {"epoch": epoch}
+        if len(rows) > epoch:  # a finished run that goes on has been evaluated here
+            row = rows.pop()
+        clock = time.time()
+        last = epoch == config.epochs
+        due = last or epoch % config.eval_every == 0
+        if due and "eval_reward" not in row:
+            row |= evaluate(policy, config, watched, test_set, folder, epoch)
+        if not last:
+            row |= train_epoch(policy, config, reward, train_set, epoch)
+        row["seconds"] = time.time() - clock
+        row = {key: float(value) for key, value in row.items() if math.isfinite(value)}
+        rows.append(row | {"epoch": epoch})
+        record(policy, folder, rows, tracker)
+    tracker.end_training()
+
+
+# ---------------------------------------------------------------------------------- 5. the network
+
+
+class Policy:
+    """A diffusers pipeline with a LoRA on its transformer, the LoRA's average, and its optimizer
+
+    This is SD3's family, and so the toy. What FLUX does otherwise is in the next class.
+    """
+    lora_layers = [  # of each block's joint attention, for the image's tokens and for the text's
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+    guides_itself = False
+
+    def __init__(self, pipe, config):
+        self.pipe, self.config = pipe, config
+        self.network = pipe.transformer
+        self.device = PROCESSES.device
+        self.encoders = [part for name, part in pipe.components.items()
+                         if name.startswith("text_encoder") and part]
+        for module in (self.network, pipe.vae, *self.encoders):
+            module.requires_grad_(False)
+            module.to(self.device)
+        if config.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        self.params = self.add_lora()
+        self.optimizer = torch.optim.AdamW(self.params, config.learning_rate, weight_decay=1e-4)
+        self.average = [p.detach().clone() for p in self.params]
+        self.updates_done = 0
+        self.empty = self.encode([""])  # for guidance
+        side = config.resolution // pipe.vae_scale_factor
+        self.latent_shape = (pipe.vae.config.latent_channels, side, side)
+
+    def add_lora(self):
+        """On the layers of the official code -> its parameters, which are all that is trained"""
+        from peft import LoraConfig
+        torch.manual_seed(self.config.seed)  # for the first values
+        self.network.add_adapter(LoraConfig(
+            r=self.config.lora_rank, lora_alpha=self.config.lora_alpha,
+            init_lora_weights="gaussian", target_modules=self.lora_layers))
+        params = [p for p in self.network.parameters() if p.requires_grad]
+        for p in params:
+            p.data = p.data.float()  # bf16 would round small steps away
+        return params
+
+    def velocity(self, x, t, condition):
+        """The network's v in float32. x: [B, C, H, W], t: [1 or B, 1, 1, 1] -> [B, C, H, W]
+
+        Classifier-free guidance makes one velocity of two calls, and so one Gaussian: that is the
+        policy. Sampling and training must use the same guidance, or the ratio would compare two
+        policies. And the gradient flows through both calls.
+        """
+        t = t.flatten().expand(len(x))
+        condition = [c.to(self.device) for c in condition]
+        guided = self.config.guidance != 1 and not self.guides_itself
+        if guided:
+            x, t = torch.cat([x, x]), torch.cat([t, t])
+            condition = [torch.cat([c, empty.to(c).expand_as(c)])
+                         for c, empty in zip(condition, self.empty)]
+        half = self.config.precision == "bf16"
+        # No cache: a copy of the LoRA made under no_grad has no gradient for a later pass.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            v = self.forward(x.to(self.network.dtype), t, *condition).float()
+        if guided:
+            v, v_empty = v.chunk(2)
+            v = v_empty + self.config.guidance * (v - v_empty)
+        return v
+
+    def forward(self, x, t, embeds, pooled):
+        return self.network(
+            hidden_states=x, timestep=1000 * t, encoder_hidden_states=embeds,
+            pooled_projections=pooled, return_dict=False)[0]
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """Prompts -> their condition: embeds [B, L, D] and pooled [B, P], in the CPU's memory"""
+        for module in self.encoders:
+            module.to(self.device)
+        parts = []
+        for start in range(0, len(prompts), self.config.batch_size):
+            part = self.encode_batch(prompts[start:start + self.config.batch_size])
+            parts.append([c.cpu() for c in part])
+        if self.config.offload:
+            for module in self.encoders:
+                module.cpu()
+        return [torch.cat(part) for part in zip(*parts)]
+
+    def encode_batch(self, prompts):
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompts, None, None, device=self.device, do_classifier_free_guidance=False,
+            max_sequence_length=self.config.max_sequence_length)
+        return embeds, pooled
+
+    def time_grid(self, T, **options):
+        """The scheduler's own times [T+1] from 1 to 0: even for the toy, denser near 1 for SD3"""
+        options = options or dict(num_inference_steps=T)
+        self.pipe.scheduler.set_timesteps(device=self.device, **options)
+        return self.pipe.scheduler.sigmas.float()
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Latents [B, C, H, W] -> PIL images"""
+        vae = self.pipe.vae
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(latents, return_dict=False)[0]
+        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
+
+    @contextmanager
+    def reference(self):
+        """Within, the model that training began with: the same, without its LoRA"""
+        self.network.disable_adapters()
+        yield
+        self.network.enable_adapters()
+
+    @contextmanager
+    def averaged(self):
+        """Within, the model with the average of its weights"""
+        own = [p.data for p in self.params]
+        for p, average in zip(self.params, self.average):
+            p.data = average
+        yield
+        for p, data in zip(self.params, own):
+            p.data = data
+
+    def step(self):
+        """One optimizer step with the gradients of all processes -> their norm before clipping"""
+        for p in self.params:
+            p.grad = reduce(p.grad, "sum")
+        norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm}")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates_done += 1
+        n = self.updates_done
+        if n % self.config.ema_every == 0 or self.config.ema_decay == 0:
+            # The decay grows, so that the average does not stick to the start (official ema.py).
+            decay = min(self.config.ema_decay, (1 + n) / (10 + n))
+            for average, p in zip(self.average, self.params):
+                average.lerp_(p.detach(), 1 - decay)
+        return norm
+
+
+class FluxPolicy(Policy):
+    """FLUX packs its latents, tells the network their places, and has learned to guide itself."""
+
+    lora_layers = Policy.lora_layers + [
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    guides_itself = True
+
+    def forward(self, x, t, embeds, pooled):
+        pipe, scale = self.pipe, self.pipe.vae_scale_factor
+        B, C, H, W = x.shape
+        v = self.network(
+            hidden_states=pipe._pack_latents(x, B, C, H, W),  # [B, H/2 * W/2, 4C]
+            img_ids=pipe._prepare_latent_image_ids(B, H // 2, W // 2, x.device, embeds.dtype),
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
+            guidance=torch.full([B], self.config.guidance, device=x.device),
+            timestep=t, encoder_hidden_states=embeds, pooled_projections=pooled,
+            return_dict=False)[0]
+        return pipe._unpack_latents(v, H * scale, W * scale, scale)
+
+    def encode_batch(self, prompts):
+        length = self.config.max_sequence_length
+        return self.pipe.encode_prompt(
+            prompts, None, device=self.device, max_sequence_length=length)[:2]
+
+    def time_grid(self, T):
+        """The more tokens an image has, the denser near 1"""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+        mu = calculate_shift((self.latent_shape[1] // 2) ** 2)
+        return super().time_grid(T, sigmas=np.linspace(1, 1 / T, T), mu=mu)
+
+
+def load_policy(config, prompts=()):
+    """The pipeline of --model -> the Policy of its family"""
+    import diffusers
+    import transformers
+    rewards.quiet(diffusers, transformers)  # they warn of the toy's unusual VAE
+    families = {diffusers.StableDiffusion3Pipeline: Policy, diffusers.FluxPipeline: FluxPolicy}
+    source = Path(__file__).with_name("toy") if config.model == "toy" else config.model
+    half = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    try:  # the VAE stays float32: a reward would see its rounding
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            source, dtype={"vae": torch.float32, "default": half})
+        policy = families[type(pipe)](pipe, config)
+        policy.time_grid(config.train_steps)
+    except Exception as error:  # whatever a wrong or damaged folder makes diffusers raise
+        stop(f"--model {config.model}: must be a StableDiffusion3Pipeline or FluxPipeline with a "
+             "FlowMatchEulerDiscreteScheduler; is the name right, the licence accepted, the hub "
+             f"reachable? ({type(error).__name__}: {error})")
+    token = 2 * pipe.vae_scale_factor  # pixels along the side of a token
+    most = token * policy.network.config.get("pos_embed_max_size", 2**20)
+    if config.resolution not in range(token, most + 1, token):
+        stop(f"--resolution {config.resolution}: must be a multiple of {token}, at most {most}")
+    tokenizer = [part for name, part in pipe.components.items() if "tokenizer" in name][-1]
+    unknown = [p for p in prompts if tokenizer.unk_token_id in tokenizer(p).input_ids]
+    if unknown:
+        print(f"the model does not know every word of {len(unknown)} prompts, as {unknown[0]!r}")
+    return policy
+
+
+# -------------------------------------------------------------------------------------- 6. options
 
 
 @dataclass
 class Config:
     # what to train, on what
-    preset: str = opt("toy", "a set of defaults; other options override it",
-                      choices=("toy", "sd3.5-medium", "sd3.5-medium-24gb", "flux.1-dev"))
-    reward: str = opt("flow_grpo:redness", 'a name in rewards.py, your own "file:function", or a sum: "ocr:1,pickscore:0.5"')
-    eval_reward: str = opt("", "rewards that are only measured, in evaluations, as in --reward: they show reward hacking")
-    model: str = opt("toy", "folder or hub name of a StableDiffusion3Pipeline or FluxPipeline")
-    dataset: str = opt("", "folder of {train,test}.txt or {train,test}_metadata.jsonl; default: toy/ocr or toy/geneval")
-    resolution: int = opt(48, "height and width of the images in pixels", least=8)
-    max_sequence_length: int = opt(14, "tokens of the T5 encoder; the official SD3.5 runs used 128", least=1)
-    precision: str = opt("fp32", "of the network: bf16 takes half the memory; the mathematics stays float32",
-                         choices=("fp32", "bf16"))
-    gradient_checkpointing: bool = opt(False, "compute activations twice instead of keeping them: less memory, slower updates")
-    offload: bool = opt(False, "text encoders live in the CPU's memory and visit the GPU to encode an epoch's prompts")
+    preset: str = "toy"                # toy, sd3.5-medium, sd3.5-medium-24gb, flux.1-dev: defaults
+    reward: str = "ocr"                # of rewards.py, "file.py:function", or "ocr:1,pickscore:0.5"
+    eval_reward: str = ""              # the same, but only measured: they show reward hacking
+    model: str = "toy"                 # folder or hub name of an SD3 or FLUX pipeline
+    dataset: str = ""                  # folder of train.txt, test.txt or of their *_metadata.jsonl
+    resolution: int = 48               # height and width of the images in pixels
+    max_sequence_length: int = 14      # tokens of the T5 encoder
+    precision: str = "fp32"            # of the network: fp32, or bf16 for half the memory
+    gradient_checkpointing: bool = False  # less memory, slower updates
+    offload: bool = False              # text encoders visit the GPU only to encode the prompts
     # the run
-    name: str = opt("", "folder under runs/; default: the reward's name, numbered if taken")
-    resume: bool = opt(False, "continue the run --name (default: the newest of this reward) with its own options")
-    seed: int = opt(0, "of everything random: same seed, same machine, same run")
-    epochs: int = opt(16, "one epoch = sample, score, update; 0 only evaluates the model as it is", least=0)
-    eval_every: int = opt(4, "epochs between evaluations; there is always one before the first epoch and after the last", least=1)
-    save_every: int = opt(5, "epochs between checkpoints; there is always one after the last", least=1)
+    name: str = ""                     # folder under runs/; default: the reward's name, numbered
+    resume: str = ""                   # a run's folder, to go on with its own options
+    report_to: str = ""                # also log to tensorboard, wandb, trackio, swanlab, ...
+    seed: int = 0                      # of everything random: same seed, same machine, same run
+    epochs: int = 16                   # an epoch: sample, score, update. 0 only evaluates
+    eval_every: int = 4                # epochs between evaluations
     # sampling
-    groups: int = opt(8, "prompts per epoch; more make the gradient less noisy and the epoch longer", least=1)
-    group_size: int = opt(16, "images of each prompt, compared with each other; the paper saw 6 and 12 collapse", least=2)
-    train_steps: int = opt(10, "T while training: few steps are enough to tell good from bad (denoising reduction)", least=2)
-    eval_steps: int = opt(40, "T of the evaluation", least=2)
-    noise_level: float = opt(0.7, "a in sigma_t: too little explores nothing, too much spoils the images", least=1e-6)
-    window: int = opt(2, "SDE steps, in a row somewhere in the noisy half, and only they are trained; 0: all but the last", 0)
-    same_noise: bool = opt(False, "a group starts from one noise, so that its images differ by the SDE's noise alone; to be used "
-                                  "with --window; in the paper they start from different ones")
-    sde: str = opt("flow", "flow: the paper's; cps: coefficient-preserving (arXiv 2509.05952), leaves no noise in the image",
-                   choices=("flow", "cps"))
-    guidance: float = opt(1.0, "classifier-free, in sampling and training; 1 is off and twice as fast; FLUX: its distilled "
-                               "guidance", least=1)
+    groups: int = 8                    # prompts an epoch; more: a gradient with less noise
+    group_size: int = 16               # images of each prompt; the paper saw 6 and 12 collapse
+    train_steps: int = 10              # T of training: enough to tell good from bad
+    eval_steps: int = 40               # T of the evaluation
+    noise_level: float = 0.7           # a: too little explores nothing, too much spoils the images
+    window: int = 2                    # SDE steps, and only they are trained. 0: all but the last
+    latest_start: int = 3              # the window begins at a random step from 0 to this
+    same_noise: bool = False           # a group starts from one noise, and only the window differs
+    sde: str = "flow"                  # flow, the paper's, or cps, which leaves no noise in images
+    guidance: float = 1.0              # classifier-free. 1 is off. FLUX: its distilled guidance
     # learning
-    updates: int = opt(2, "optimizer steps per epoch; in the first all ratios are 1, clipping acts on the later ones", least=1)
-    learning_rate: float = opt(1.5e-3, "of AdamW", least=1e-12)
-    clip_range: float = opt(1e-3, "epsilon, how far a ratio may leave 1; small, as log-probabilities are averages", least=1e-12)
-    guard: bool = opt(False, "GRPO-Guard (arXiv 2510.22319): ratios centred, of one scale at all steps; clip range 2e-6 to 4e-6")
-    beta: float = opt(0.1, "weight of the KL to the base model: more keeps quality and diversity and slows the reward", least=0)
-    std_over: str = opt("batch", "whose standard deviation divides the advantages", choices=("batch", "group"))
-    lora_rank: int = opt(32, "size of what is trained", least=1)
-    lora_alpha: int = opt(64, "the LoRA's output is scaled by alpha / rank", least=1)
-    ema_decay: float = opt(0.9, "of the averaged weights that are evaluated and saved; 0 is off", least=0)
-    ema_every: int = opt(1, "average the weights after every so many updates", least=1)
-    batch_size: int = opt(64, "samples in one forward pass: changes memory and speed, and results only by rounding", least=1)
+    updates: int = 2                   # optimizer steps an epoch; clipping acts from the second on
+    learning_rate: float = 1.5e-3      # of AdamW
+    clip_range: float = 1e-3           # how far a ratio may leave 1
+    beta: float = 0.1                  # weight of the KL: more keeps quality and slows the reward
+    std_over: str = "batch"            # whose std divides the advantages: batch or group
+    lora_rank: int = 32                # size of what is trained
+    lora_alpha: int = 64               # the LoRA's output is scaled by alpha / rank
+    ema_decay: float = 0.9             # of the averaged weights that are evaluated. 0 is off
+    ema_every: int = 1                 # updates between averagings
+    batch_size: int = 64               # samples in a forward pass: memory and speed only
     # evaluation
-    eval_prompts: int = opt(60, "so many prompts of the test file; 0 is all", least=0)
-    eval_per_prompt: int = opt(2, "images of each, from the same seeds every time; from 2 on they measure diversity", least=1)
+    eval_prompts: int = 60             # so many prompts of the test file. 0: all
+    eval_per_prompt: int = 2           # images of each, always from the same seeds
 
-# The paper's setting: section 5.1 and, for learning rate, clip range and EMA, the official config/grpo.py, the only place
-# that prints them. 0.04 is the paper's beta for GenEval and OCR; for PickScore it is 0.01.
-PAPER = dict(model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128, precision="bf16",
-             epochs=1000, eval_every=30, save_every=10, groups=48, group_size=24, window=0, guidance=4.5, learning_rate=3e-4,
-             clip_range=1e-4, beta=0.04, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
+
+# The paper's setting: section 5.1 and, for learning rate, clip range and EMA, the official
+# config/grpo.py. Its beta is 0.04 for GenEval and OCR; for PickScore it is 0.01.
+PAPER = dict(
+    model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
+    precision="bf16", epochs=1000, eval_every=30, groups=48, group_size=24, window=0, guidance=4.5,
+    learning_rate=3e-4, clip_range=1e-4, beta=0.04, ema_every=8, batch_size=8, eval_prompts=0,
+    eval_per_prompt=1)
 PRESETS = {
     "toy": {},
     "sd3.5-medium": PAPER,
-    # Smaller epochs, and evaluations that do not cost more than all the epochs between them.
-    "sd3.5-medium-24gb": PAPER | dict(groups=12, batch_size=4, gradient_checkpointing=True, offload=True, eval_prompts=100),
-    # The official config/grpo.py and train_flux.py; the paper has no settings for FLUX.
-    "flux.1-dev": PAPER | dict(model="black-forest-labs/FLUX.1-dev", train_steps=6, eval_steps=28, guidance=3.5, noise_level=0.9,
-                               beta=0.0, lora_rank=64, lora_alpha=128, batch_size=4, gradient_checkpointing=True),
+    "sd3.5-medium-24gb": PAPER | dict(  # the same algorithm with smaller epochs
+        groups=12, batch_size=4, gradient_checkpointing=True, offload=True, eval_prompts=100),
+    "flux.1-dev": PAPER | dict(  # the official train_flux.py; the paper's appendix has only scores
+        model="black-forest-labs/FLUX.1-dev", train_steps=6, eval_steps=28, guidance=3.5,
+        noise_level=0.9, beta=0.0, lora_rank=64, lora_alpha=128, batch_size=4,
+        gradient_checkpointing=True),
 }
-MAY_CHANGE = ("resume", "epochs", "eval_every", "save_every", "learning_rate", "batch_size", "gradient_checkpointing",
-              "offload", "eval_reward", "eval_prompts", "eval_per_prompt", "eval_steps")  # when a run is resumed
-
-
-# --------------------------------------------------------------------------------------------------------- 3. model
-
-
-@dataclass
-class Model:
-    pipe: object                      # a StableDiffusion3Pipeline or FluxPipeline with a LoRA on its transformer
-    params: list                      # the LoRA's parameters: all that is trained, in float32
-    optimizer: torch.optim.Optimizer
-    ema: list                         # moving averages of params
-    empty: list                       # the empty prompt's condition, for guidance
-    updates_done: int = 0             # optimizer steps so far
-
-    @property
-    def device(self):
-        return self.pipe.transformer.device
-
-
-def is_flux(part):
-    """Pipeline or transformer -> whether it is of FLUX's family; else it is of SD3's."""
-    return "Flux" in type(part).__name__
-
-
-def load_model(config):
-    """A pipeline with a fresh LoRA on its transformer; the toy, SD3.5 and FLUX take the same path."""
-    import diffusers
-    import transformers
-    rewards.quiet(diffusers, transformers)  # they warn of the toy's unusual VAE, and draw bars for reading 5 MB
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    source = Path(__file__).with_name("toy") if config.model == "toy" else config.model
-    try:  # the VAE stays float32: a reward would see its rounding
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype={"vae": torch.float32, "default": dtype})
-    except (OSError, ValueError) as error:
-        stop(f"--model {config.model}: cannot be loaded ({str(error).strip().splitlines()[0]}); is the name right, the "
-             "licence accepted and the hub reachable?")
-    if not isinstance(pipe, (diffusers.StableDiffusion3Pipeline, diffusers.FluxPipeline)):
-        stop(f"--model {config.model}: is a {type(pipe).__name__}; choose a StableDiffusion3Pipeline or a FluxPipeline")
-    multiple = 2 * pipe.vae_scale_factor  # a token of the transformer is 2x2 latents
-    if config.resolution % multiple:
-        stop(f"--resolution {config.resolution}: must be a multiple of {multiple}")
-    for module in (pipe.transformer, pipe.vae, *text_encoders(pipe)):
-        module.requires_grad_(False)
-    torch.manual_seed(config.seed)  # for the LoRA's first values, drawn on the CPU: the same on every device
-    params = add_lora(pipe.transformer, config)
-    for module in (pipe.transformer, pipe.vae):  # encode() moves the text encoders
-        module.to(device)
-    if config.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
-    # AdamW's constants are the official config's.
-    optimizer = torch.optim.AdamW(params, config.learning_rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
-    return Model(pipe, params, optimizer, [p.detach().clone() for p in params], encode(pipe, config, [""]))
-
-
-def add_lora(transformer, config):
-    """Adds the LoRA, on the same layers as the official code -> its parameters, in float32"""
-    from peft import LoraConfig
-    layers = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",  # of the image's tokens in each block's joint attention,
-              "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]  # and of the text's
-    if is_flux(transformer):
-        layers += ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
-    transformer.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian",
-                                       target_modules=layers))
-    params = [p for p in transformer.parameters() if p.requires_grad]
-    for p in params:
-        p.data = p.data.float()
-    return params
-
-
-def text_encoders(pipe):
-    return [getattr(pipe, name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if getattr(pipe, name, None)]
-
-
-@torch.no_grad()
-def encode(pipe, config, prompts):
-    """Prompts -> their condition: embeds [B, L, D], pooled [B, P], in the CPU's memory"""
-    device, parts = pipe.transformer.device, []
-    for module in text_encoders(pipe):
-        module.to(device)
-    for i in range(0, len(prompts), config.batch_size):
-        batch, length = prompts[i:i + config.batch_size], config.max_sequence_length
-        if is_flux(pipe):
-            embeds, pooled, _ = pipe.encode_prompt(batch, None, device=device, max_sequence_length=length)
-        else:  # the two that are left out would be the negative prompt's
-            embeds, _, pooled, _ = pipe.encode_prompt(batch, None, None, device=device, do_classifier_free_guidance=False,
-                                                      max_sequence_length=length)
-        parts.append((embeds.cpu(), pooled.cpu()))
-    if config.offload:
-        for module in text_encoders(pipe):
-            module.cpu()
-    return [torch.cat(part) for part in zip(*parts)]
-
-
-def velocity(model, config, x, t, condition):
-    """The network, with classifier-free guidance. x: [B, C, H, W], t: [B] -> v [B, C, H, W], float32
-
-    Sampling and training both call this. Were the guidance different in one of them, the ratio would compare two policies; were
-    the gradient cut in the branch of the empty prompt, it would not be the gradient of the policy that sampled.
-    """
-    embeds, pooled = (c.to(x.device) for c in condition)
-    guided = config.guidance != 1 and not is_flux(model.pipe)  # FLUX has learned to guide itself
-    if guided:
-        x, t = torch.cat([x, x]), torch.cat([t, t])  # [2B, C, H, W], [2B]
-        embeds, pooled = (torch.cat([c, e.to(x.device).expand_as(c)]) for c, e in zip((embeds, pooled), model.empty))
-    # Autocast's cache would keep the LoRA's half-precision copies; copies made under no_grad carry no gradient into
-    # a later pass. So: no cache.
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False):
-        inputs = dict(hidden_states=x.to(embeds.dtype), timestep=1000 * t, encoder_hidden_states=embeds,
-                      pooled_projections=pooled, return_dict=False)
-        v = flux_network(model.pipe, config, **inputs) if is_flux(model.pipe) else model.pipe.transformer(**inputs)[0]
-    v = v.float()
-    if guided:
-        v, v_empty = v.chunk(2)
-        v = v_empty + config.guidance * (v - v_empty)
-    return v
-
-
-def flux_network(pipe, config, hidden_states, timestep, encoder_hidden_states, **inputs):
-    """FLUX wants the latents packed, [B, H/2 * W/2, 4C], their places, t up to 1 instead of 1000, and its guidance."""
-    B, C, H, W = hidden_states.shape
-    places = dict(img_ids=pipe._prepare_latent_image_ids(B, H // 2, W // 2, timestep.device, encoder_hidden_states.dtype),
-                  txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3, device=timestep.device))
-    if pipe.transformer.config.guidance_embeds:
-        places["guidance"] = torch.full([B], config.guidance, device=timestep.device)
-    v = pipe.transformer(hidden_states=pipe._pack_latents(hidden_states, B, C, H, W), timestep=timestep / 1000,
-                         encoder_hidden_states=encoder_hidden_states, **places, **inputs)[0]
-    scale = pipe.vae_scale_factor
-    return pipe._unpack_latents(v, H * scale, W * scale, scale)
-
-
-def time_grid(pipe, config, T):
-    """The scheduler's own grid [T+1] from 1 to 0: even for the toy, denser near 1 for SD3.5 and FLUX."""
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-    options, settings = dict(num_inference_steps=T), pipe.scheduler.config
-    if is_flux(pipe):
-        options = dict(sigmas=np.linspace(1, 1 / T, T))
-    if settings.get("use_dynamic_shifting"):  # the more tokens an image has, the nearer to 1
-        tokens = (config.resolution // pipe.vae_scale_factor // 2) ** 2
-        limits = [settings[key] for key in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")]
-        options["mu"] = calculate_shift(tokens, *limits)
-    pipe.scheduler.set_timesteps(device=pipe.transformer.device, **options)
-    return pipe.scheduler.sigmas.float()
-
-
-@torch.no_grad()
-def decode(pipe, latents):
-    """Latents [B, C, H, W] -> PIL images"""
-    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    return pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0], output_type="pil")
-
-
-# ------------------------------------------------------------------------------------------------------- 4. rollout
-
-
-@dataclass
-class Rollout:
-    images: list                # B PIL images
-    prompts: list               # the distinct prompts
-    condition: list             # of the distinct prompts: embeds, pooled
-    prompt_index: torch.Tensor  # [B] each image's place among the distinct prompts
-    t: torch.Tensor             # [T+1] the time grid
-    sigma: torch.Tensor         # [T]
-    sde_steps: range            # K successive steps
-    # Of those steps, in the CPU's memory, as an epoch may not fit on the GPU:
-    latents: torch.Tensor       # [B, K+1, C, H, W] before the first and after each
-    means: torch.Tensor         # [B, K, C, H, W] with --guard, else None
-    log_prob: torch.Tensor      # [B, K]
-
-
-def choose_sde_steps(config, rng):
-    """All but the last step, or a random window in the noisy half.
-
-    PAPER/CODE: the paper trains every step; the code leaves out the last, whose sigma_t is next to nothing and whose
-    ratio would explode.
-    """
-    if config.window == 0:
-        return range(config.train_steps - 1)
-    start = rng.randint(0, config.train_steps // 2 - config.window)
-    return range(start, start + config.window)
-
-
-@torch.no_grad()
-def rollout(model, config, prompts, seeds, T, sde_steps, first_seeds=None, on_images=lambda images, where: None):
-    """Draw an image for each prompt and seed in T steps: SDE in `sde_steps`, ODE in the others.
-
-    Each image has its own generator: it does not depend on the others in its batch. The first draw is the initial
-    noise, so a stock float32 pipeline given a CPU generator with that seed starts from the same point; with first_seeds
-    the initial noise is that of these seeds. on_images is called with each finished micro-batch and its slice. Raises
-    FloatingPointError when latents are not finite.
-    """
-    pipe, device = model.pipe, model.device
-    t = time_grid(pipe, config, T)
-    sigma, dt = sde_noise(t, config.noise_level, config.sde), t.diff()
-    distinct = list(dict.fromkeys(prompts))
-    condition = encode(pipe, config, distinct)
-    prompt_index = torch.tensor([distinct.index(p) for p in prompts])
-    side = config.resolution // pipe.vae_scale_factor
-    shape = (pipe.vae.config.latent_channels, side, side)
-    normal = lambda generators: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
-    images, K = [], len(sde_steps)
-    latents, log_prob = torch.empty(len(prompts), K + 1, *shape), torch.empty(len(prompts), K)
-    means = torch.empty(len(prompts), K, *shape) if config.guard else None
-    starts = range(0, len(prompts), config.batch_size)
-    with tqdm(total=len(starts) * T, desc="sampling", unit="step", leave=False, disable=RANK > 0) as bar:
-        for start in starts:
-            micro = slice(start, start + config.batch_size)
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds[micro]]
-            first = [torch.Generator().manual_seed(seed) for seed in first_seeds[micro]] if first_seeds else generators
-            micro_condition = [c[prompt_index[micro]].to(device) for c in condition]
-            x = normal(first)  # [b, C, H, W]
-            for i in range(T):
-                t_i, dt_i, sigma_i = (a[i].expand(len(x)) for a in (t, dt, sigma))  # [b]
-                v = velocity(model, config, x, t_i, micro_condition)
-                if i in sde_steps:
-                    k = i - sde_steps.start
-                    latents[micro, k] = x
-                    x, log_prob[micro, k], mean = sde_step(x, v, t_i, dt_i, sigma_i, config.sde, noise=normal(generators))
-                    latents[micro, k + 1] = x
-                    if config.guard:
-                        means[micro, k] = mean
-                else:
-                    x = x + v * dt[i]
-                for prompt, finite in zip(prompts[micro], x.isfinite().flatten(1).all(1).tolist()):
-                    if not finite:
-                        raise FloatingPointError(f"the latents of {prompt!r} are not finite after step {i}")
-                bar.update()
-            images += decode(pipe, x)
-            on_images(images[micro], micro)
-    return Rollout(images, distinct, condition, prompt_index, t, sigma, sde_steps, latents, means, log_prob)
-
-
-# -------------------------------------------------------------------------------------------------------- 5. update
-
-
-def update(model, config, drawn, advantages, rng):
-    """The epoch's optimizer steps, each on an equal part of every group's images -> metrics
-
-    drawn, advantages [B]: this process's whole groups. rng: the same on every process. Raises FloatingPointError when
-    loss or gradient are not finite, before the weights change.
-    """
-    size, K = config.group_size, len(drawn.sde_steps)
-    share, rows, grad_norms = size // config.updates, [], []
-    members = my_part([rng.sample(range(size), size) for _ in range(config.groups)])  # each group in a random order
-    for part in range(config.updates):
-        pairs = [(g * size + image, k) for g, order in enumerate(members)
-                 for image in order[part * share:(part + 1) * share] for k in range(K)]
-        for start in range(0, len(pairs), config.batch_size):
-            i, k = torch.tensor(pairs[start:start + config.batch_size]).T  # [b], [b]
-            loss, row = loss_of(model, config, drawn, advantages, i, k)
-            if part == 0:
-                check_ratio(row["ratio"], config)
-            (loss.sum() / (config.groups * share * K)).backward()  # equation 5: the mean over images and steps
-            rows.append({key: value.tolist() for key, value in row.items()})
-        sum_gradients(model.params)
-        grad_norms.append(torch.nn.utils.clip_grad_norm_(model.params, 1.0).item())  # 1.0: the official config
-        if not math.isfinite(grad_norms[-1]):
-            raise FloatingPointError(f"the gradient is {grad_norms[-1]} in update {part + 1}")
-        model.optimizer.step()
-        model.optimizer.zero_grad()
-        model.updates_done += 1
-        ema_step(model, config)
-    rows = gather(rows)
-    loss, kl, ratio = (np.concatenate([row[key] for row in rows]) for key in ("policy_loss", "kl", "ratio"))
-    return dict(policy_loss=loss.mean(), kl=kl.mean(), ratio=ratio.mean(), ratio_deviation=np.abs(ratio - 1).max(),
-                clip_low=np.mean(ratio < 1 - config.clip_range), clip_high=np.mean(ratio > 1 + config.clip_range),
-                grad_norm=np.mean(grad_norms))
-
-
-def loss_of(model, config, drawn, advantages, i, k):
-    """Equation 5 for a micro-batch of steps, to be minimised -> loss [b], and of each its policy_loss, ratio and kl
-
-    i, k: [b], which of the images, and which of its K recorded steps.
-    """
-    x, x_next, log_prob_old, A = (a.to(model.device) for a in (
-        drawn.latents[i, k], drawn.latents[i, k + 1], drawn.log_prob[i, k], advantages[i]))
-    place = (drawn.sde_steps.start + k).to(model.device)  # on the time grid
-    t, dt, sigma = drawn.t[place], drawn.t.diff()[place], drawn.sigma[place]
-    condition = [c[drawn.prompt_index[i]] for c in drawn.condition]
-    v = velocity(model, config, x, t, condition)
-    _, log_prob, mean = sde_step(x, v, t, dt, sigma, config.sde, x_next=x_next)
-    log_ratio = log_prob - log_prob_old
-    if config.guard:
-        log_ratio = guarded(log_ratio, mean, drawn.means[i, k].to(model.device), step_std(dt, sigma, config.sde))
-    policy_loss, ratio = clipped_loss(log_ratio, A, config.clip_range)
-
-    model.pipe.transformer.disable_adapters()  # the reference is the same model without its LoRA
-    with torch.no_grad():
-        v_ref = velocity(model, config, x, t, condition)
-    model.pipe.transformer.enable_adapters()
-    kl = gaussian_kl(mean, sde_mean(x, v_ref, t, dt, sigma, config.sde), sigma)  # with beta 0 only to be logged
-
-    weight = 1 / -dt if config.guard else 1  # as in the official code: short steps count as much as long ones
-    loss = policy_loss * weight + config.beta * kl
-    for n, value in enumerate(loss.tolist()):
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of {drawn.prompts[drawn.prompt_index[i[n]]]!r} at step {place[n]} is {value}")
-    return loss, dict(policy_loss=policy_loss.detach(), ratio=ratio.detach(), kl=kl.detach())
-
-
-def check_ratio(ratio, config):
-    """Before the first optimizer step the policy is still the one that sampled, so each ratio is 1 up to rounding.
-
-    What is let through must not matter: at most half of the clip range, but never less than 1e-5, the noise of rounding. (With
-    --guard's 2e-6 that is more than the clip range.)
-    """
-    deviation = (ratio - 1).abs().max().item()
-    if not deviation <= min(1e-4, max(config.clip_range / 2, 1e-5)):  # "not <=": nan must stop, too
-        stop(f"the ratio is off by {deviation:.2g} before the first update, where it must be 1: sampling and training "
-             "do not compute the same log-probability (guidance, dropout, a changed rollout, or, with bf16, micro-batches of "
-             "another size: let --batch_size divide the images)")
-
-
-def ema_step(model, config):
-    """The decay grows with the number of updates, so that the average is not stuck at the start (official ema.py)."""
-    if model.updates_done % config.ema_every == 0 or config.ema_decay == 0:  # off: the weights themselves
-        decay = min(config.ema_decay, (1 + model.updates_done) / (10 + model.updates_done))
-        for average, p in zip(model.ema, model.params):
-            average.lerp_(p.detach(), 1 - decay)
-
-
-def swap_ema(model):
-    """Exchange weights and averaged weights; a second call puts them back."""
-    for average, p in zip(model.ema, model.params):
-        p.data, average.data = average.data, p.data
-
-
-# ---------------------------------------------------------------------------------------------------- 6. evaluation
-
-
-def evaluate(model, config, reward_functions, watched, test_set, folder, epoch):
-    """Draw the test prompts by the ODE with the averaged weights, from the same seeds every time -> metrics
-
-    reward_functions, watched: as rewards.load gives them; those of --eval_reward are only noted. Image j
-    of test prompt i has the seed i * eval_per_prompt + j. Accuracy is the share of images whose (first) reward is 1, the
-    most that OCR and GenEval give: the whole word was read, every object is as asked.
-    """
-    per_prompt = config.eval_per_prompt
-    mine = my_part(list(enumerate(test_set[:config.eval_prompts or None])))
-    rows = [(prompt, row, i * per_prompt + j) for i, (prompt, row) in mine for j in range(per_prompt)]
-    prompts, metadata, seeds = zip(*rows)
-    swap_ema(model)
-    images = rollout(model, config, prompts, seeds, config.eval_steps, range(0)).images
-    swap_ema(model)
-    scores = rewards.score(reward_functions, images, prompts, metadata)
-    if watched:
-        scores = rewards.score(watched, images, prompts, metadata) | scores  # the same name: the same score
-    scores = {name: np.array(gather(values)) for name, values in scores.items()}
-    total, right = scores.pop("reward"), scores[next(iter(reward_functions))] == 1
-    metrics = dict(eval_reward=total.mean(), eval_accuracy=right.mean(),
-                   eval_diversity=np.mean(gather(distances(images, per_prompt)) or [math.nan]))
-    if len(scores) > 1:
-        metrics |= {f"eval_reward/{name}": values.mean() for name, values in scores.items()}
-    tags = np.array(gather([row.get("tag", "") for row in metadata]))  # GenEval's tasks
-    if right.any():  # else this reward may have no full mark
-        metrics |= {f"eval_accuracy/{tag}": right[tags == tag].mean() for tag in sorted(set(tags) - {""})}
-    shown = gather(list(zip(images, prompts))[::per_prompt][:GRID[0] * GRID[1]])
-    if RANK == 0:
-        draw_grid(shown, total[::per_prompt], folder / f"samples/{epoch:04d}.png")
-    return metrics
-
-
-def distances(images, per_prompt):
-    """Between any two images of the same prompt: the root mean square of pixel differences, 0 to 1."""
-    def distance(a, b):
-        return np.sqrt(np.mean((np.asarray(a, np.float32) - np.asarray(b, np.float32)) ** 2)) / 255
-    groups = [images[i:i + per_prompt] for i in range(0, len(images), per_prompt)]
-    return [distance(a, b) for group in groups for k, a in enumerate(group) for b in group[:k]]
-
-
-GRID = 8, 4  # columns, rows
-
-
-def draw_grid(shown, scores, path, cell=150):
-    """The first prompts' first images, each over its prompt and score. shown: [(image, prompt)]"""
-    columns, rows = GRID
-    grid = Image.new("RGB", (columns * cell, rows * (cell + 28)), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
-    for k, ((image, prompt), score) in enumerate(zip(shown, scores)):
-        x, y = k % columns * cell, k // columns * (cell + 28)
-        grid.paste(image.resize((cell - 6, cell - 6), Image.LANCZOS), (x + 3, y))
-        text = prompt if len(prompt) < 27 else prompt[:24] + "..."
-        draw.text((x + 4, y + cell - 5), f"{text}\n{score:.2f}", font=font, fill="black", spacing=1)
-    path.parent.mkdir(exist_ok=True)
-    grid.save(path)
-
-
-# ------------------------------------------------------------------------------------------------------ 7. training
-
-
-def redness(images, prompts, metadata):
-    """The toy reward: how much more red than green or blue an image is, -1 to 1. Yours can be as simple as this."""
-    means = [np.asarray(image, float).mean((0, 1)) / 255 for image in images]
-    return [r - max(g, b) for r, g, b in means]
-
-
-def train_epoch(model, config, reward_functions, train_set, epoch):
-    """Sample, score, update -> metrics. All of an epoch's randomness comes from (seed, epoch), on all processes alike."""
-    rng, clock = random.Random(f"{config.seed}/{epoch}"), [time.time()]
-    repeats = math.ceil(config.groups / len(train_set))  # more than 1 only for a dataset smaller than one epoch
-    chosen = rng.sample(train_set * repeats, config.groups)
-    # Members of a group differ from their first noise on; with --same_noise the group shares it, as in the first version of
-    # the official Flow-GRPO-Fast.
-    samples = [(*row, rng.getrandbits(60)) for row in chosen for _ in range(config.group_size)]
-    sde_steps = choose_sde_steps(config, rng)
-    prompts, metadata, seeds = zip(*my_part(samples))
-    first_seeds = None
-    if config.same_noise:  # + 1: with the first image's own seed its starting noise would come again as its SDE's noise
-        first_seeds = [seeds[i - i % config.group_size] + 1 for i in range(len(seeds))]
-    with ThreadPoolExecutor(1) as pool:  # rewards are computed while the next images are drawn
-        futures = []
-        score = lambda images, micro: futures.append(
-            pool.submit(rewards.score, reward_functions, images, prompts[micro], metadata[micro]))
-        drawn = rollout(model, config, prompts, seeds, config.train_steps, sde_steps, first_seeds, score)
-        clock.append(time.time())
-        parts = [future.result() for future in futures]
-    scores = {name: gather([value for part in parts for value in part[name]]) for name in parts[0]}
-    total = torch.tensor(scores["reward"]).view(config.groups, config.group_size)
-    advantages = group_advantages(total, config.std_over)
-    clock.append(time.time())
-
-    metrics = update(model, config, drawn, my_part(advantages).flatten(), rng)
-    clock.append(time.time())
-    metrics |= dict(reward=total.mean(), reward_std=total.std(), group_std=total.std(1).mean(),
-                    no_signal=(total.amax(1) == total.amin(1)).float().mean())
-    if len(scores) > 2:  # a weighted sum: each of its parts
-        metrics |= {f"reward/{name}": np.mean(values) for name, values in scores.items() if name != "reward"}
-    return metrics | {f"seconds_{name}": end - begin for name, begin, end
-                      in zip(("sampling", "reward", "update"), clock, clock[1:])}
-
-
-def train(config):
-    connect()
-    train_set, test_set = load_prompts(config, "train"), load_prompts(config, "test")
-    if len(test_set) < WORLD:
-        stop(f"--dataset {config.dataset}: has {len(test_set)} test prompts, and each of the {WORLD} processes needs one")
-    folder = gather([run_folder(config)])[0]
-    config.name = config.name or folder.name
-    reward_functions, watched = (rewards.load(spec) if spec else {} for spec in (config.reward, config.eval_reward))
-    prompts, metadata = zip(train_set[0], test_set[0])  # blank images: a reward that does not suit the dataset fails now
-    rewards.score(reward_functions | watched, [Image.new("RGB", (64, 64))] * 2, prompts, metadata)
-    model = load_model(config)
-    start, rows = begin(config, model, folder)
-    with ctrl_c() as asked, tqdm(initial=start, total=config.epochs, unit="epoch", disable=RANK > 0) as bar:
-        for epoch in range(start, config.epochs + 1):
-            row, last = {"epoch": epoch}, epoch == config.epochs
-            try:
-                if last or epoch % config.eval_every == 0:
-                    row |= evaluate(model, config, reward_functions, watched, test_set, folder, epoch)
-                    if RANK == 0:
-                        bar.write(", ".join(f"{key} {value:.3g}" for key, value in row.items() if math.isfinite(value)))
-                if not last:
-                    row |= train_epoch(model, config, reward_functions, train_set, epoch)
-                    bar.set_postfix_str("reward {reward:.3f}, kl {kl:.2g}, clipped {clip_low:.0%} {clip_high:.0%}".format(**row))
-                    bar.update()
-            except (FloatingPointError, rewards.RewardError) as error:
-                bar.close()  # so that the message has a line of its own
-                stop(f"epoch {epoch}: {error}; to go on from the last checkpoint: --resume --name {config.name}" + (
-                    ", where a lower --learning_rate may help" if isinstance(error, FloatingPointError) else ""))
-            rows.append({key: float(value) for key, value in row.items() if math.isfinite(value)} | {"epoch": epoch})
-            interrupted = any(gather(asked)) and not last
-            if RANK == 0:
-                write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-                if last or interrupted or (epoch + 1) % config.save_every == 0:
-                    save(model, folder, min(epoch + 1, config.epochs))
-            if interrupted:
-                bar.close()
-                stop(f"interrupted after epoch {epoch}; to go on: --resume --name {config.name}")
-    if RANK == 0:
-        draw_results(folder, rows)
-        print(f"look at {folder / 'before_after.png'} and {folder / 'curve.png'}")
-    if WORLD > 1:
-        dist.destroy_process_group()
-
-
-# ----------------------------------------------------------------------------------- 8. what a run reads and writes
+MAY_BE_0 = "seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts"
+RULES = [
+    "preset in presets", "report_to in trackers", "sde in ['flow', 'cps']",
+    "precision in ['fp32', 'bf16']", "std_over in ['batch', 'group']",
+    "train_steps >= 2", "group_size >= 2", "window + latest_start < train_steps", "ema_decay < 1",
+    "sde == 'flow' or noise_level < 1", "group_size % updates == 0", "groups % processes == 0",
+    "eval_prompts == 0 or eval_prompts >= processes"]
+MAY_CHANGE = ("name", "resume", "report_to", "epochs", "eval_every", "eval_reward",
+              "learning_rate", "batch_size", "gradient_checkpointing", "offload")  # on resuming
+
+
+def parse_config(argv=None):
+    """Config's defaults < the preset < the run to resume < the command line: the last one wins."""
+    parser = argparse.ArgumentParser(
+        usage="python flow_grpo.py [--option value ...]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, epilog=inspect.getsource(Config))  # the source explains the options
+    parser.error = lambda message: stop(f"{message}; --help lists the options")
+    for f in fields(Config):
+        kind = dict(type=f.type)
+        if f.type is bool:  # --offload and, against a preset, --no-offload
+            kind = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **kind)
+    given = vars(parser.parse_args(argv))
+    preset = PRESETS.get(given.get("preset"), {})
+    saved, resume = {}, given.get("resume")
+    try:
+        if resume:
+            saved = json.loads(Path(resume, "config.json").read_text())
+        config = Config(**preset | saved | given)
+        check(config)
+    except (OSError, ValueError, TypeError) as error:
+        stop(f"--resume {resume}: has no config.json of a run of this version ({error})")
+    for name in saved.keys() - MAY_CHANGE:
+        if getattr(config, name) != saved[name]:
+            stop(f"--{name} {given[name]}: the run to resume has {saved[name]}, which must stay")
+    return config
+
+
+def check(config):
+    """Stops with one line for values that cannot work. Raises TypeError where the type is wrong."""
+    trackers = ["", *map(str, get_available_trackers())]
+    options = vars(config) | dict(
+        presets=list(PRESETS), trackers=trackers, processes=PROCESSES.num_processes)
+    for f in fields(Config):
+        value = options[f.name]
+        if f.type is not float and type(value) is not f.type:
+            raise TypeError(f"{f.name}: {value!r}")
+        least = 0 if f.name in MAY_BE_0 else 1e-12
+        if f.type in (int, float) and not least <= value < 2**31:
+            stop(f"--{f.name} {value}: must be {least} or more, and less than {2**31}")
+    for rule in RULES:
+        if not eval(rule, dict(options)):
+            names = [name for name in re.findall("[a-z_]+", rule) if name in options]
+            values = ", ".join(f"{name} {options[name]}" for name in names)
+            stop(f"--{values}: {rule} must hold")
+
+
+# ------------------------------------------------------------------------- 7. processes and files
+
+# `accelerate launch` and torchrun start this script once for each GPU. Each process takes whole
+# groups. Without cpu=..., torchrun on a CPU would silently make independent runs.
+CPU = not torch.accelerator.is_available()
+PROCESSES = PartialState(cpu=CPU)
+
+
+def my_part(items):
+    """This process's part of a list or tensor. gather and gather_object are the inverse."""
+    n, rank = PROCESSES.num_processes, PROCESSES.process_index
+    return items[len(items) * rank // n:len(items) * (rank + 1) // n]
+
+
+def progress(items, what):
+    """A bar on a terminal; nothing in a log file"""
+    return tqdm(items, what, leave=False, disable=None if PROCESSES.is_main_process else True)
+
+
+def stop(message):
+    """Ends the run with one line and exit code 2, without a traceback."""
+    print("flow_grpo.py:", " ".join(message.split()), file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
 def load_prompts(config, split):
-    """The dataset's prompts as [(prompt, metadata)], in either layout of the official repository."""
+    """The dataset's prompts as [(prompt, metadata)], in either layout of the official repository"""
     task = "ocr" if "ocr" in re.split("[,:]", config.reward) else "geneval"
     folder = Path(config.dataset or Path(__file__).with_name("toy") / task)
-    text, rows = folder / f"{split}.txt", folder / f"{split}_metadata.jsonl"
-    if text.exists():
-        prompts = [(line.strip(), {}) for line in text.read_text().splitlines() if line.strip()]
-    elif rows.exists():
-        try:
-            prompts = [(row["prompt"], row) for row in map(json.loads, filter(str.strip, rows.read_text().splitlines()))]
-        except (ValueError, KeyError, TypeError) as error:
-            stop(f"--dataset {folder}: each line of {rows.name} must be a JSON object with a prompt ({error!r})")
-    else:
-        stop(f"--dataset {folder}: has neither {text.name} nor {rows.name}")
-    return prompts or stop(f"--dataset {folder}: no prompts for {split}")
+    text, table = folder / f"{split}.txt", folder / f"{split}_metadata.jsonl"
+    rows = []
+    try:
+        path = text if text.exists() else table
+        for line in filter(str.strip, path.read_text("utf-8-sig").splitlines()):
+            row = json.loads(line) if path == table else {"prompt": line}
+            rows.append((row["prompt"].strip(), row))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        stop(f"--dataset {folder}: needs {text.name} in UTF-8, or {table.name} with a JSON object "
+             f"with a prompt on each line (after {len(rows)} good ones: {error!r})")
+    if len(rows) < PROCESSES.num_processes:
+        stop(f"--dataset {folder}: needs a {split} prompt for each process")
+    return rows
 
 
-def run_folder(config):
-    """runs/<name>. Without --name: the first free of ocr, ocr-2, ... or, to resume, the newest of them."""
-    base = Path("runs") / (config.name or re.sub(r"[^\w.-]+", "-", config.reward))
+def load_rewards(config, train_set, test_set):
+    """-> the reward that is trained on, and the same with --eval_reward, which is only measured
+
+    What could fail hours later is tried now: every prompt, and two blank images.
+    """
+    reward = watched = rewards.load(config.reward)
+    if config.eval_reward:
+        extra = rewards.load(config.eval_reward, "--eval_reward")
+        watched = {name: (extra[name][0], 0) for name in extra} | reward
+    rewards.check(watched, *zip(*train_set, *test_set))
+    blank = [Image.new("RGB", (64, 64))] * 2
+    rewards.score(watched, blank, *zip(train_set[0], test_set[0]))
+    return reward, watched
+
+
+def begin(config, policy):
+    """-> the run's folder, the metrics that it has already, and accelerate's tracker"""
+    folder, rows = Path(config.resume), []
     if config.resume:
-        found = [base] if config.name else [f for f in base.parent.glob(f"{base.name}*")
-                                            if re.fullmatch(re.escape(base.name) + r"(-\d+)?", f.name)]
-        found = [f for f in found if (f / "config.json").exists()]
-        return max(found, key=lambda f: (f / "config.json").stat().st_mtime) if found else stop(
-            f"--resume: {base} holds no run to continue")
-    if config.name and base.exists():
-        stop(f"--name {config.name}: {base} exists; choose another name, or add --resume to continue it")
-    folder, n = base, 1
-    while folder.exists():
-        n += 1
-        folder = base.with_name(f"{base.name}-{n}")
-    return folder
+        rows = load(policy, folder)
+    elif PROCESSES.is_main_process:
+        folder = claim(config)
+    folder = gather_object([folder])[0]
+    config.name = str(folder)
+    if PROCESSES.is_main_process:
+        options = json.dumps(asdict(config) | dict(resume=""), indent=1)
+        write(folder / "config.json", options.encode())
+        print(f"{folder}: {config.groups} groups x {config.group_size} images an epoch on "
+              f"{PROCESSES.num_processes} x {policy.device.type}", flush=True)
+    tracker = Accelerator(cpu=CPU, log_with=config.report_to or None, project_dir=folder)
+    tracker.init_trackers("flow_grpo", asdict(config))
+    return folder, rows, tracker
 
 
-def begin(config, model, folder):
-    """-> the epoch to start with, and the rows of metrics before it"""
-    start = load(model, folder) if config.resume else 0
-    if start > config.epochs:
-        stop(f"--epochs {config.epochs}: the run to resume is already at {start}")
-    if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        # A LoRA parameter's checkpoint has 16 bytes and its diffusers file 4, both twice while the new one replaces the old.
-        free, needed = shutil.disk_usage(folder).free, 40 * sum(p.numel() for p in model.params) + 10**7
-        if free < needed:
-            stop(f"--name {folder.name}: {folder} has {free / 1e6:.0f} MB left, and checkpoints need {needed / 1e6:.0f} MB")
-        write(folder / "config.json", json.dumps(asdict(config) | {"resume": False}, indent=1))
-        print(f"{folder}\n{describe(model, config)}")
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if start else []
-    return start, [row for row in rows if row["epoch"] < start]
+def claim(config):
+    """A folder that no other run has: runs/<name>, or the first free of ocr, ocr-2, ocr-3, ..."""
+    name = config.name or re.sub(r"[^\w.-]+", "-", config.reward)
+    for suffix in ["", *(f"-{number}" for number in range(2, 10**6))]:
+        folder = Path("runs", name + suffix)
+        try:
+            (folder / "samples").mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if config.name:
+                stop(f"--name {name}: {folder} exists; choose another name, delete it, or go on "
+                     f"with it by --resume {folder}")
 
 
-def write(path, text):
-    """Under another name first, then renamed: a run killed here leaves the last good file."""
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
+def write(path, content):
+    """Under another name first: a run that is killed here leaves the last good file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
-def save(model, folder, epoch):
-    """Everything that a later epoch depends on, and the averaged LoRA in diffusers' format.
+def save(policy, folder, rows):
+    """Everything that a later epoch depends on, and the averaged LoRA in diffusers' format
 
-    Prompts, windows and noise are drawn anew from (seed, epoch), so no generator's state is among it.
+    Prompts, windows and noise are drawn anew from (seed, epoch), so no generator is among it.
     """
     from peft import get_peft_model_state_dict
-    tensors = {}
-    for i, (p, average) in enumerate(zip(model.params, model.ema)):
-        tensors |= {f"lora.{i}": p.detach().contiguous(), f"ema.{i}": average.contiguous()}
-        tensors |= {f"optimizer.{i}.{key}": value.contiguous() for key, value in model.optimizer.state[p].items()}
-    path = folder / "checkpoint/state.safetensors"
-    path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path.with_suffix(".tmp"), metadata=dict(epoch=str(epoch), updates=str(model.updates_done)))
-    os.replace(path.with_suffix(".tmp"), path)
-    swap_ema(model)
-    # The adapter's settings go with it: without lora_alpha diffusers would scale it by 1, not by alpha / rank.
-    model.pipe.save_lora_weights(
-        folder, get_peft_model_state_dict(model.pipe.transformer), weight_name="lora.tmp.safetensors",
-        transformer_lora_adapter_metadata=model.pipe.transformer.peft_config["default"].to_dict())
-    swap_ema(model)
-    os.replace(folder / "lora.tmp.safetensors", folder / "pytorch_lora_weights.safetensors")
+    buffer = io.BytesIO()
+    torch.save(dict(
+        tensors=[p.detach() for p in policy.params + policy.average],
+        optimizer=policy.optimizer.state_dict(), updates_done=policy.updates_done, rows=rows),
+        buffer)
+    write(folder / "checkpoint.pt", buffer.getvalue())
+    settings = policy.network.peft_config["default"].to_dict()  # without alpha its scale would be 1
+    settings["target_modules"] = sorted(settings["target_modules"])
+    with policy.averaged(), tempfile.TemporaryDirectory() as scratch:
+        policy.pipe.save_lora_weights(
+            scratch, get_peft_model_state_dict(policy.network),
+            transformer_lora_adapter_metadata=settings)
+        for file in Path(scratch).iterdir():
+            write(folder / file.name, file.read_bytes())
 
 
-def load(model, folder):
-    """Put a checkpoint back -> the epoch to go on with; 0 where there is none yet."""
-    path = folder / "checkpoint/state.safetensors"
-    if not path.exists():
-        return 0
+def load(policy, folder):
+    """Puts a checkpoint back -> the metrics so far"""
+    path = folder / "checkpoint.pt"
+    if not path.exists() and not (folder / "metrics.jsonl").exists():
+        return []  # it was stopped in its first epoch
     try:
-        with safe_open(path, "pt") as file:
-            for i, p in enumerate(model.params):
-                p.data.copy_(file.get_tensor(f"lora.{i}"))
-                model.ema[i].copy_(file.get_tensor(f"ema.{i}"))
-            for key in file.keys():
-                kind, i, *rest = key.split(".")
-                if kind == "optimizer":
-                    value, p = file.get_tensor(key), model.params[int(i)]
-                    model.optimizer.state[p][rest[0]] = value if rest[0] == "step" else value.to(p.device)
-            model.updates_done = int(file.metadata()["updates"])
-            return int(file.metadata()["epoch"])
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, IndexError) as error:
-        stop(f"{path}: is damaged or not of this run ({str(error).splitlines()[0]}); to begin again at epoch 0 delete it")
+        state = torch.load(path, map_location=policy.device, weights_only=True)
+        for own, saved in zip(policy.params + policy.average, state["tensors"]):
+            own.data.copy_(saved)
+        policy.optimizer.load_state_dict(state["optimizer"])
+        policy.optimizer.param_groups[0]["lr"] = policy.config.learning_rate
+        policy.updates_done = state["updates_done"]
+        return state["rows"]
+    except Exception as error:  # whatever a damaged file makes torch raise
+        stop(f"--resume {folder}: {path} is missing, damaged or not of this run ({error})")
+
+
+SHOWN = "epoch", "reward", "kl", "clip_low", "clip_high", "grad_norm", "seconds"
+
+
+def record(policy, folder, rows, tracker):
+    """After an epoch: a line, the metrics, a checkpoint and, after an evaluation, the pictures"""
+    first, row = rows[0], rows[-1]
+    tracker.log(row, step=len(rows) - 1)
+    if not PROCESSES.is_main_process:
+        return
+    save(policy, folder, rows)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write(folder / "metrics.jsonl", lines.encode())
+    print(*(f"{key} {row[key]:.3g}" for key in SHOWN if key in row), sep=", ", flush=True)
+    if "eval_reward" in row:
+        draw_results(folder, rows)
+        for key in ("eval_reward", "eval_accuracy"):
+            print(f"{key} {first[key]:.3f} -> {row[key]:.3f}", flush=True)
+
+
+# ------------------------------------------------------------------------ 8. numbers and pictures
+
+
+def check_finite(values, prompts, what):
+    """Raises FloatingPointError for the first prompt with values that are not finite. [B, ...]"""
+    for prompt, value in zip(prompts, values):
+        if not value.isfinite().all():
+            raise FloatingPointError(f"{what} of {prompt!r} are not finite")
+
+
+def summary(terms, clip_range):
+    """policy_loss, kl and ratio of an epoch's updates, [N, 3] -> metrics, over all processes"""
+    policy_loss, kl, ratio = gather(terms).unbind(1)
+    moved = ratio - 1
+    return dict(
+        policy_loss=policy_loss.mean(), kl=kl.mean(), ratio=ratio.mean(),
+        ratio_deviation=moved.abs().max(),
+        clip_low=(moved < -clip_range).float().mean(),
+        clip_high=(moved > clip_range).float().mean())
+
+
+def score(reward, images, prompts, metadata):
+    """The scores of all processes' images -> {name: [B], ..., "reward": their weighted sum}"""
+    scores = rewards.score(reward, images, prompts, metadata)
+    return {name: np.array(gather_object(values)) for name, values in scores.items()}
+
+
+def averages(scores, key):
+    """-> the mean reward, and that of each part"""
+    return {f"{key}/{name}".removesuffix("/reward"): scores[name].mean() for name in scores}
+
+
+def accuracies(right, rows):
+    """right: [B], bool, for equally many images a row -> its mean, and that of each GenEval task"""
+    tags = np.array([metadata.get("tag", "") for _, metadata in rows])
+    tags = tags.repeat(len(right) // len(rows))
+    by_tag = {f"eval_accuracy/{tag}": right[tags == tag].mean() for tag in sorted({*tags}) if tag}
+    return {"eval_accuracy": right.mean()} | by_tag
+
+
+def diversity(images, n):
+    """Mean rms difference between the pixels of a prompt's first and last image, from 0 to 1"""
+    pixels = np.stack(images) / 255
+    squared = (pixels[::n] - pixels[n - 1::n]) ** 2
+    distances = np.sqrt(squared.mean((1, 2, 3)))
+    return np.mean(gather_object(distances.tolist()))
+
+
+def draw_grid(images, rows, scores, folder, epoch):
+    """The first 32 images, each under its prompt and score -> samples/<epoch>.png"""
+    images = gather_object(images[:32])
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure.suptitle(f"after {epoch} epoch{'s' * (epoch != 1)}")
+    places = figure.subplots(4, 8).ravel()
+    for place in places:
+        place.axis("off")
+    for place, image, (prompt, _), value in zip(places, images, rows, scores):
+        place.imshow(image, interpolation="lanczos")
+        place.set_title(f"{prompt[:28]}\n{value:.2f}", fontsize=7)
+    if PROCESSES.is_main_process:
+        figure.savefig(folder / f"samples/{epoch:04d}.png")
 
 
 def draw_results(folder, rows):
-    """before_after.png, the first and the last sample grid, and curve.png from the rows of metrics.jsonl"""
-    epoch = rows[-1]["epoch"]
-    before, after = (Image.open(folder / f"samples/{e:04d}.png") for e in (0, epoch))
-    both = Image.new("RGB", (before.width, before.height + after.height + 60), "white")
-    draw, font = ImageDraw.Draw(both), ImageFont.load_default(20)
-    for y, title, grid in ((0, "before", before), (before.height + 30, f"after {epoch} epochs", after)):
-        draw.text((4, y + 2), title, font=font, fill="black")
-        both.paste(grid, (0, y + 30))
-    both.save(folder / "before_after.png")
+    """before_after.png, film.gif of all evaluations, and curve.png"""
+    frames = [Image.open(path).convert("RGB") for path in sorted(folder.glob("samples/*.png"))]
+    Image.fromarray(np.vstack([frames[0], frames[-1]])).save(folder / "before_after.png")
+    palette = Image.fromarray(np.vstack(frames)).quantize()  # one for all, or colours jump
+    film = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    film[0].save(folder / "film.gif", save_all=True, append_images=film[1:], duration=1000, loop=0)
 
-    import matplotlib.figure  # without pyplot: no window, no global state
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label, style in (("reward", "training reward (SDE)", "-"), ("eval_reward", "evaluation reward (ODE)", "o-"),
-                              ("eval_accuracy", "evaluation accuracy (ODE)", "s-")):
-        points = [(row["epoch"], row[key]) for row in rows if key in row]
-        if any(value for _, value in points):  # a reward that cannot reach 1 has no accuracy
-            axes.plot(*zip(*points), style, label=label)
+    for key, style in (("reward", "-"), ("eval_reward", "o-"), ("eval_accuracy", "s-")):
+        measured = [row for row in rows if key in row]
+        epochs = [row["epoch"] for row in measured]
+        axes.plot(epochs, [row[key] for row in measured], style, label=key)
     axes.set(xlabel="epoch", title=folder.name)
-    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=110)
 
 
-# --------------------------------------------------------------------------------------------- 9. several processes
-
-
-# `accelerate launch` or torchrun starts this script once for each GPU and numbers the copies. Each takes whole groups; what
-# must be known of all is gathered; every file is written by the first.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def connect():
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if WORLD > 1:
-        dist.init_process_group()
-
-
-def my_part(items):
-    """This process's part of a list or tensor; the parts of all processes, in order, are the whole."""
-    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
-
-
-def gather(items):
-    """The lists of all processes as one list: the inverse of my_part."""
-    if WORLD == 1:
-        return items
-    parts = [None] * WORLD
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-def sum_gradients(params):
-    """Add up the processes' gradients, all in one message."""
-    if WORLD > 1:
-        gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
-        dist.all_reduce(gradient)
-        for p, part in zip(params, gradient.split([p.numel() for p in params])):
-            p.grad = part.view_as(p)
-
-
-# --------------------------------------------------------------------------------------------- 10. the command line
-
-
-def stop(message):
-    """End the run with one line on stderr and exit code 2, no traceback."""
-    print(f"flow_grpo.py: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def parse_config(argv=None):
-    """Command line -> Config. Options that are not given come from the preset, or from the run to resume."""
-    parser = argparse.ArgumentParser(description=__doc__, usage="python flow_grpo.py [--option value ...]",
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = stop
-    for f in fields(Config):
-        kind = dict(type=f.type, metavar=f.type.__name__)
-        if f.type is bool:  # --offload and, against a preset, --no-offload
-            kind = dict(action=argparse.BooleanOptionalAction)
-        notes = [" or ".join(f.metadata["choices"] or ()), f"default: {f.default}" if f.default != "" else ""]
-        text = f"{f.metadata['why']} ({'; '.join(filter(None, notes))})".replace("%", "%%").removesuffix(" ()")
-        parser.add_argument("--" + f.name, default=f.default, help=text, **kind)
-
-    def parse():
-        options, unknown = parser.parse_known_args(argv)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], ["--" + f.name for f in fields(Config)], 1)
-            stop(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
-        return Config(**vars(options))
-
-    config = parse()
-    parser.set_defaults(**PRESETS.get(config.preset, {}))
-    saved = {}
-    if config.resume:
-        path = run_folder(config) / "config.json"
-        try:
-            saved = asdict(Config(**json.loads(path.read_text()))) | {"name": config.name or path.parent.name}
-        except (OSError, ValueError, TypeError) as error:
-            stop(f"--resume: {path} is not the config of a run of this version ({error})")
-    parser.set_defaults(**saved)
-    config = parse()
-    check_config(config)
-    for key, value in saved.items():
-        if getattr(config, key) != value and key not in MAY_CHANGE:
-            stop(f"--{key} {getattr(config, key)}: the run to resume has {value}, which cannot change on the way")
-    return config
-
-
-def check_config(config):
-    """Stops with one line for values that cannot work."""
-    for f in fields(Config):
-        value, least, choices = getattr(config, f.name), f.metadata["least"], f.metadata["choices"]
-        if choices and value not in choices:
-            stop(f"--{f.name} {value}: choose {' or '.join(choices)}")
-        if least is not None and not value >= least:  # "not >=": so that nan does not pass
-            stop(f"--{f.name} {value}: must be {least} or more")
-    c = config
-    if c.window > c.train_steps // 2:
-        stop(f"--window {c.window}: must fit in the noisy half of {c.train_steps} steps: 1 to {c.train_steps // 2}, or 0")
-    if c.group_size % c.updates:
-        stop(f"--updates {c.updates}: each update takes its share of every group, so it must divide --group_size "
-             f"{c.group_size}: {nearest(c.updates, lambda n: c.group_size % n == 0)}")
-    if c.groups % WORLD:
-        stop(f"--groups {c.groups}: must be a multiple of the {WORLD} processes: {nearest(c.groups, lambda n: n % WORLD == 0)}")
-    if 0 < c.eval_prompts < WORLD:
-        stop(f"--eval_prompts {c.eval_prompts}: each of the {WORLD} processes needs one: {WORLD} or more, or 0 for all")
-    if c.ema_decay >= 1:
-        stop(f"--ema_decay {c.ema_decay}: must be below 1")
-
-
-def nearest(value, works):
-    """The nearest numbers below and above that work, as text."""
-    below = [n for n in range(value - 1, 0, -1) if works(n)][:1]
-    above = [n for n in range(value + 1, 100 * value) if works(n)][:1]
-    return " or ".join(map(str, below + above)) + " would do"
-
-
-def describe(model, config):
-    """What follows from the options, and what it will take."""
-    c, K = config, len(choose_sde_steps(config, random.Random(0)))
-    images = c.groups * c.group_size
-    pairs = images // c.updates * K // WORLD
-    lora = sum(p.numel() for p in model.params)
-    processes = f"{WORLD} process{'es' * (WORLD > 1)} ({model.device})"
-    lines = [f"{c.groups} groups x {c.group_size} = {images} images per epoch on {processes}",
-             f"{K} of {c.train_steps} steps trained, {c.updates} updates per epoch, each of {images // c.updates} images x {K} "
-             f"steps in {math.ceil(pairs / c.batch_size)} micro-batches of {c.batch_size} (per process)",
-             f"evaluation of {c.eval_prompts or 'all'} test prompts x {c.eval_per_prompt} in {c.eval_steps} steps, every "
-             f"{c.eval_every} epochs",
-             f"LoRA on {len(model.params)} tensors with {lora:,} parameters",
-             f"memory of a GPU: about {memory(model, config) / 1e9:.1f} GB, and what the reward's own models take"]
-    return "\n".join(lines)
-
-
-def memory(model, config):
-    """Bytes, roughly: the weights; 20 for each LoRA parameter (itself, gradient, two of AdamW, average); and what
-    the update keeps for its backward pass, or an encoding of the prompts, whichever is more.
-
-    The network keeps about 25 numbers for each token, channel and layer, with checkpointing 1 and those of one layer.
-    (The tests count them in SD3.5-Medium's blocks. Attention matrices are not among them: fused kernels do not keep them.)
-    """
-    size = lambda modules: sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
-    pipe, net = model.pipe, model.pipe.transformer.config
-    channels = net.num_attention_heads * net.attention_head_dim
-    layers = net.num_layers + (net.get("num_single_layers") or 0)
-    tokens = (config.resolution // pipe.vae_scale_factor // 2) ** 2 + model.empty[0].shape[1]
-    branches = 2 if config.guidance != 1 and not is_flux(pipe) else 1
-    kept = layers + 25 if config.gradient_checkpointing else 25 * layers
-    activations = kept * tokens * channels * config.batch_size * branches * (2 if config.precision == "bf16" else 4)
-    encoders = size(text_encoders(pipe))
-    resident = size([pipe.transformer, pipe.vae]) + 16 * sum(p.numel() for p in model.params)
-    return resident + (max(encoders, activations) if config.offload else encoders + activations)
-
-
-@contextlib.contextmanager
-def ctrl_c():
-    """While open: the first Ctrl-C only adds to the list that this gives; the second stops at once."""
-    asked = []
-
-    def first(*_):
-        asked.append(True)
-        if RANK == 0:
-            print("\nstopping after this epoch; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, first)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def main(argv=None):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's Ctrl-C
     config = parse_config(argv)
     try:
-        train(config)
-    except rewards.RewardError as error:
-        stop(str(error))
+        return train(config)
     except torch.OutOfMemoryError:
-        stop("the GPU's memory is full: lower --batch_size, then add --gradient_checkpointing, then --offload; once a run has "
-             f"begun, --resume --name {config.name} takes them, too")
-    except KeyboardInterrupt:
-        stop(f"interrupted; to go on from the last checkpoint: --resume --name {config.name}")
-    except (OSError, SafetensorError) as error:  # a full or unwritable disk; what was written whole stays
-        stop(f"cannot read or write a file: {error}; to go on from the last checkpoint: --resume --name {config.name}")
+        problem = ("the GPU's memory is full: lower --batch_size, then add "
+                   "--gradient_checkpointing, then --offload")
+    except FloatingPointError as error:
+        problem = f"{error}; a lower --learning_rate may help"
+    except (KeyboardInterrupt, rewards.RewardError, OSError) as error:  # also of a full disk
+        problem = str(error) or "interrupted"
+    folder = config.resume or config.name
+    if Path(folder, "checkpoint.pt").exists():
+        problem += f"; --resume {folder} goes on after the last whole epoch"
+    stop(problem)
 
 
 if __name__ == "__main__":
