@@ -4,26 +4,26 @@ A flow-matching model turns noise into an image by following an ordinary differe
 ODE. After the first noise, nothing in that is random. So there is no action whose probability
 reinforcement learning could raise. Flow-GRPO adds randomness, learns from it, and takes it away:
 
-  sde_step          Each step drops some of the old noise and adds fresh noise. The images stay as
-                    they were, but the step is now a Gaussian with a known density: a policy.
+  sde_step          Each step drops some of the old noise and adds fresh noise. The images are as
+                    likely as before, but a step is now a Gaussian with a known density: a policy.
   rollout           The policy draws a group of images for each prompt, in few steps.
-  group_advantages  A reward scores every image. Was it better than its group?
+  group_advantages  A reward rates every image. Was it better than the others of its group?
   update            Better images are made likelier, worse ones less likely. Clipping keeps an
-                    update small. A KL penalty keeps the model near the one that we began with.
+                    update small. A penalty, the KL divergence, holds the model near its start.
   evaluate          The images that count are drawn by the ODE again, in more steps.
 
 Symbols
   t, s       time: 1 is noise, 0 is data. A step goes from t down to s. (diffusers says `sigmas`.)
   x          latents at time t: x = (1-t) data + t noise
   v          velocity, v = noise - data: what the network predicts
-  sigma      how much noise the SDE adds, a sqrt(t/(1-t)); the paper's a is our `noise_level`
+  sigma      how much noise the SDE adds: noise_level * sqrt(t/(1-t)), where the paper writes a
   mean, std  of the Gaussian step
   T, K, B    steps of a drawing, SDE steps among them, images in a tensor; [B, ...] are shapes
 
 The paper and its official code (github.com/yifan123/flow_grpo) do not always agree. We follow the
 code, because the published learning rate, clip range and beta were made for it. PAPER/CODE marks
-each such place. Chapters 1 to 4 are the method, 5 drives diffusers' models, 6 and 7 are options and
-files. With one process, my_part and gather give back what they are given.
+each such place. Chapters 1 to 4 are the method, 5 drives diffusers' models, 6 to 8 are options,
+files and pictures. On one GPU, my_part and gather_object give back what they are given.
 
   python flow_grpo.py --reward ocr                    # teach the embedded toy to write
   python flow_grpo.py --reward flow_grpo:redness      # your own reward is a function
@@ -33,6 +33,7 @@ files. With one process, my_part and gather give back what they are given.
 import argparse
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -64,32 +65,35 @@ import rewards
 # Pure functions. They compute in float32, whatever the network does: a ratio is the exponential of
 # a tiny difference of log-probabilities, and half precision would leave nothing of it.
 #
-# x and v together know the data and the noise: data = x - t v, noise = x + (1-t) v. (These are the
-# network's guesses.) Every step of this file takes them apart and mixes them anew for time s:
+# x and v together know the data and the noise: data = x - t * v, noise = x + (1-t) * v. With the
+# network's v, these are its best guesses. A step takes x apart and mixes it anew for the time s:
 #
-#     x_next = (1-s) data + keep noise + std fresh
+#     x_next = (1-s) * data + keep * noise + std * fresh_noise
 #
-# Two independent noises of sizes keep and std are like one of size sqrt(keep^2 + std^2). The model
-# expects noise of size s at time s. So if keep^2 + std^2 = s^2, the images at time s, as a whole,
-# are distributed as before: the marginals stay. Three choices of keep and std:
+#     ODE        std = 0, keep = s                  the Euler step x + v * (s-t)
+#     flow SDE   keep = s - std^2 / (2t)            equation 9
+#     CPS        keep = sqrt(s^2 - std^2)           arXiv 2509.05952
 #
-#     ODE        keep = s, std = 0                   the Euler step x + v (s-t)
-#     flow SDE   keep = s - std^2/2t                 equation 9
-#     CPS        keep = sqrt(s^2 - std^2)            arXiv 2509.05952
+# The distribution of all images at one time is called the marginal. Why does it stay? Fresh noise
+# adds std^2 to the variance of x. Dropping a small part d of the old noise takes 2 * d * t away,
+# as t is the covariance of x and noise. Both are equal for d = std^2 / (2t): equation 9. (The
+# paper's appendix A proves it for the whole distribution, not only its variance.)
 #
-# CPS is exact for steps of any size. Equation 9 has keep^2 + std^2 = s^2 + std^2 (1 - s/t) + ...,
-# which is exact for small steps. (That this holds for the true velocity is the paper's appendix A.)
+# This holds for small steps. CPS thinks of large ones: it treats the guess as if it were the noise.
+# Two independent noises of sizes keep and std are like one of size s, as long as
+# keep^2 + std^2 = s^2. So the image never holds more noise than the network expects.
 
 
 class Steps(NamedTuple):
-    """The T steps of a drawing. Each field is [T, 1, 1, 1]. at(i) is one step, or one an image."""
+    """The T steps of a drawing. Each field is [T, 1, 1, 1]."""
     t: torch.Tensor       # the time before the step
     s: torch.Tensor       # the time after it
     keep: torch.Tensor    # how much of the old noise stays
     std: torch.Tensor     # how much fresh noise is added
-    kl_std: torch.Tensor  # what the KL divides by
+    kl_std: torch.Tensor  # see gaussian_kl
 
     def at(self, i):
+        """Step number i, or with i [B] a step for each image: fields [B, 1, 1, 1]"""
         return Steps(*(field[i] for field in self))
 
 
@@ -97,11 +101,12 @@ def sde_steps(times, noise_level, sde="flow"):
     """The time grid [T+1], from 1 down to 0 -> Steps
 
     sigma is large near t = 1, where nothing is decided yet and there is much to explore. It falls
-    to 0 at t = 0, where little old noise is left to make room, and what is added stays visible.
+    to 0 at t = 0, where there is hardly any old noise to drop, and fresh noise would stay visible.
     """
     t, s = times[:-1], times[1:]
     if sde == "flow":
         # At t = 1 sigma would be infinite. The official code puts the next time in its denominator.
+        # So the first std is noise_level, for any step size: there the marginal is kept about.
         below_one = torch.where(t == 1, s[0], t)
         sigma = noise_level * torch.sqrt(t / (1 - below_one))
         std = sigma * torch.sqrt(t - s)
@@ -118,10 +123,10 @@ def sde_steps(times, noise_level, sde="flow"):
 def sde_mean(x, v, step):
     """Where a step goes on average. x, v: [B, C, H, W] -> [B, C, H, W]
 
-    With the flow SDE's keep this is the mean of equation 9,
-        x + [v + sigma^2/2t (x + (1-t) v)] (s-t).
-    What it adds to the ODE's v is a drift along the score, which is -noise/t (equation 27): towards
-    likelier images, as much as the fresh noise leads away from them.
+    With the flow SDE's keep this is the mean of equation 9, as the paper prints it:
+        x + [v + sigma^2 / (2t) * (x + (1-t) * v)] * (s-t)
+    What is added to v there is a drift towards likelier x, along the gradient of log p(x), which is
+    -noise/t (equation 27). It leads back as much as the fresh noise leads away.
     """
     x, v = x.float(), v.float()
     data = x - step.t * v
@@ -132,12 +137,12 @@ def sde_mean(x, v, step):
 def sde_step(x, v, step, noise=None, x_next=None):
     """One step of the policy -> x_next [B, C, H, W], its log_prob [B], the mean [B, C, H, W]
 
-    Draws x_next with the given standard normal noise. Or, given x_next, only scores it: old and new
+    Draws x_next with the given standard normal noise. Or rates a given x_next: old and new
     log-probabilities come from the same lines.
 
-    Because x_next = mean + std noise, the gradient of log_prob by the mean is noise/std: it points
-    to the noise that this image happened to draw. Was the image good, the mean moves there. Was it
-    bad, the mean moves away. So the model learns to do by itself what once helped by chance.
+    As x_next = mean + std * noise, the gradient of log-density by the mean is noise/std. It points
+    to the noise that this image happened to draw. If the image was good, the mean moves there. If
+    it was bad, the mean moves away. So the model learns to do by itself what helped by chance.
     """
     mean = sde_mean(x, v, step)
     if x_next is None:
@@ -145,11 +150,11 @@ def sde_step(x, v, step, noise=None, x_next=None):
     distance = (x_next - mean) / step.std
     normalizer = torch.log(step.std) + math.log(2 * math.pi) / 2
     log_density = -(distance**2) / 2 - normalizer
-    # PAPER/CODE: a log-density is the sum over the D dimensions; the code averages. The ratio then
-    # is the D-th root of the true one: no longer an importance weight, but with the same gradient
-    # direction at ratio 1, and still a measure of how far the policy has moved, which is all that
-    # clipping needs. With D = 10^5 the true ratio would overflow. The root stays within thousandths
-    # of 1. That is why clip ranges are as small as 1e-4.
+    # PAPER/CODE: a log-density is a sum over all D dimensions; the code averages. So the ratio of
+    # two densities becomes its D-th root. It is no importance weight any more. But at ratio 1 its
+    # gradient has the same direction, and it still tells how far the policy has moved, which is all
+    # that clipping needs. With D = 10^5 the true ratio would overflow. The root stays very near 1,
+    # and so clip ranges are as small as 1e-4.
     log_prob = log_density.flatten(1).mean(1)
     return x_next, log_prob, mean
 
@@ -172,13 +177,13 @@ def gaussian_kl(mean, mean_ref, kl_std):
 def group_advantages(scores, std_over="batch"):
     """How much better each image is than its group (equation 4). scores: [groups, group_size]
 
-    Some prompts are easy and some are hard. A critic would have to learn what to expect of each.
-    The mean reward of a group, same prompt and same policy, says it without a second network.
+    Some prompts are easy and some are hard. PPO learns a second network, the critic, to know what
+    reward to expect. Here the mean of the group, same prompt and same policy, estimates it.
 
     PAPER/CODE: the paper divides by the group's std. The code divides by the whole batch's, so that
     a group of nearly equal rewards is not blown up. 1e-4 and the clamp are from the code, too.
     """
-    scores = scores.float().double()  # float32 adds up exactly here: equal rewards give exactly 0
+    scores = scores.float().double()  # float32 numbers add up exactly in float64: equal gives 0
     if std_over == "batch":
         std = scores.std(unbiased=False)
     else:
@@ -191,12 +196,12 @@ def group_advantages(scores, std_over="batch"):
 def clipped_loss(ratio, advantages, clip_range):
     """The policy's part of equation 5, to be minimised. All are [B].
 
-    ratio is new over old probability. In an epoch's first update it is 1, and the gradient is that
-    of log_prob times advantage: a plain policy gradient. Clipping acts from the second update on.
-    Where a ratio has left the clip range on the side that its advantage wants, min picks the
-    constant: no gradient, this step is done. On the other side nothing is clipped, so that a
-    mistake can be undone. (log_prob's average makes ratios fall below 1 more than they rise above
-    it, so few are clipped there. GRPO-Guard, arXiv 2510.22319, centres them first.)
+    ratio: how much likelier than at the time of drawing. In an epoch's first update it is 1, and
+    the gradient is that of log_prob * advantage: a plain policy gradient. Clipping acts from the
+    second update on. Where the ratio has already left the clip range on the side that its advantage
+    wants, min picks the constant: no gradient, this sample is done. On the other side nothing is
+    clipped, so that a mistake can be undone. (As averages, log-ratios tend to be below 0, so ratios
+    above 1 are seldom clipped. GRPO-Guard, arXiv 2510.22319, centres them.)
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = torch.min(ratio * advantages, clipped * advantages)
@@ -223,14 +228,15 @@ class Rollout:
 def choose_window(config, rng):
     """Which steps are SDE steps. Only these are trained.
 
-    PAPER/CODE: the paper trains all steps. The code leaves out the last, and so do we. On the grid
-    of SD3 and the toy it starts just above 0, where std is next to nothing and a ratio explodes. On
-    FLUX's grid std is not small there, and its noise would stay in the image. (The official
-    train_sd3.py adds that noise, untrained. We end by the ODE, as train_sd3_fast.py does.)
+    PAPER/CODE: the paper trains all steps. The code leaves out the last, and so do we. diffusers'
+    grid for SD3 and the toy has T times from 1 to almost 0, and then 0. So the last std is next to
+    nothing, and a ratio explodes. FLUX's grid goes from 1 to 1/T, and then to 0. There the last std
+    is large, and its noise would stay in the image. (The official train_sd3.py still adds noise in
+    the last step, untrained. We end by the ODE, as its train_sd3_fast.py does.)
 
     A short window, the authors' later Flow-GRPO-Fast, is enough: what an image shows is decided in
-    the noisy half, and the rest only sharpens it. It saves work in the update, K passes for each
-    image instead of T-1. Drawing costs T passes as before.
+    the first, noisy steps, and the rest sharpens it. So there the rewards of a group differ most.
+    It saves work in the update: K passes for each image, not T-1. Drawing costs T passes as before.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -252,7 +258,7 @@ def draw(policy, prompts, condition, steps, window, seeds, first_seeds=None):
     [B, K]. The first noise is each seed's own, or that of first_seeds to make images start alike.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x = normal(policy, generators)
+    x = normal(policy, generators)  # drawn in any case: what follows must not depend on it
     if first_seeds:
         first = [torch.Generator().manual_seed(seed) for seed in first_seeds]
         x = normal(policy, first)
@@ -278,8 +284,9 @@ def draw(policy, prompts, condition, steps, window, seeds, first_seeds=None):
 def rollout(policy, config, prompts, seeds, T, window=range(0), first_seeds=None):
     """An image for each prompt and seed in T steps, in micro-batches -> Rollout
 
-    Training draws with T = 10. Such images are worse than those of 40 steps. But an advantage only
-    compares images that were drawn alike, and for that they are good enough: denoising reduction.
+    Denoising reduction: training draws with T = 10. Such images are worse than those of 40 steps.
+    But an advantage only compares images that were drawn alike, and for that they are good enough.
+    What is learned holds for 40 steps, too: both follow the same v, at more or fewer places.
     """
     times = policy.time_grid(T)
     steps = sde_steps(times, config.noise_level, config.sde)
@@ -312,24 +319,23 @@ def update(policy, config, drawn, advantages, rng):
     K = len(drawn.window)
     orders = [rng.sample(range(size), size) for _ in range(config.groups)]
     orders = my_part(orders)
-    first_image = size * torch.arange(len(orders))
-    images = first_image[:, None] + torch.tensor(orders)  # [groups, group_size]
+    first = size * torch.arange(len(orders))  # each group's first image
+    shuffled = first[:, None] + torch.tensor(orders)  # [groups, group_size], numbers of images
     terms = []
     norms = []
-    for part in images.chunk(config.updates, dim=1):
-        i = part.flatten().repeat_interleave(K)  # each image of the part,
-        k = torch.arange(K).repeat(part.numel())  # at each of its SDE steps
-        total = len(i) * PROCESSES.num_processes
-        micro_batches = zip(i.split(config.batch_size), k.split(config.batch_size))
-        for i, k in progress(list(micro_batches), "update"):
+    for part in shuffled.chunk(config.updates, dim=1):
+        every_i = part.flatten().repeat_interleave(K)  # each image of the part,
+        every_k = torch.arange(K).repeat(part.numel())  # at each of its SDE steps
+        count = len(every_i) * PROCESSES.num_processes
+        pairs = zip(every_i.split(config.batch_size), every_k.split(config.batch_size))
+        for i, k in progress(list(pairs), "update"):
             policy_loss, kl, ratio = losses(policy, config, drawn, advantages, i, k)
-            if not norms:
+            if not norms:  # in the first update
                 check_ratio(ratio, config.clip_range)
             loss = policy_loss + config.beta * kl
-            mean = loss.sum() / total  # equation 5: over the images and steps of all processes
-            mean.backward()
+            (loss.sum() / count).backward()  # equation 5: the mean over all images and steps
             terms.append(torch.stack([policy_loss, kl, ratio], 1).detach())
-        norms.append(policy.step())
+        norms.append(policy.optimize())
     metrics = summary(torch.cat(terms), config.clip_range)
     return metrics | {"grad_norm": np.mean(norms)}
 
@@ -362,7 +368,7 @@ def losses(policy, config, drawn, advantages, i, k):
 def check_ratio(ratio, clip_range):
     """Before the first optimizer step the policy is still the one that drew: each ratio must be 1.
 
-    Rounding may move it by half of the clip range; up to 1e-5 is always let through.
+    Rounding may move it by half of the clip range, at least by 1e-5 and at most by 1e-4.
     """
     off = (ratio - 1).abs().max().item()
     limit = min(1e-4, max(clip_range / 2, 1e-5))
@@ -414,11 +420,12 @@ def train_epoch(policy, config, reward, train_set, epoch):
 def evaluate(policy, config, reward, test_set, folder, epoch):
     """Draw the test prompts by the ODE, from the same seeds every time -> metrics
 
-    Noise was needed to learn, not to draw. The ODE has the same network and, up to the error of
-    large steps, the same marginals, so what made noisy images better makes these better. The
-    weights are a moving average: single updates are noisy, their average is less so.
+    Noise was needed to learn, not to draw. SDE and ODE follow the same v and have the same
+    marginals, so what makes the SDE's images better makes the ODE's better. This is exact only for
+    a perfect v and small steps: the evaluation shows how far it holds.
 
-    Accuracy is the share of images whose first reward is 1, the most that OCR and GenEval give.
+    The weights are a moving average: single updates wander, their average less so. Accuracy is the
+    share of images whose first reward is 1, the most that OCR and GenEval give.
     """
     n = config.eval_per_prompt
     test_set = test_set[:config.eval_prompts or None]
@@ -446,13 +453,12 @@ def train(config):
     folder, rows, tracker = begin(config, policy)
     trained = sum("grad_norm" in row for row in rows)
     for epoch in range(trained, config.epochs + 1):
-        row = {"epoch": epoch}
-        if len(rows) > epoch:  # a finished run that goes on has been evaluated here
-            row = rows.pop()
+        evaluated = len(rows) > epoch  # true where a finished run goes on
+        row = rows.pop() if evaluated else {"epoch": epoch}
         clock = time.time()
         last = epoch == config.epochs
         due = last or epoch % config.eval_every == 0
-        if due and "eval_reward" not in row:
+        if due and not evaluated:
             row |= evaluate(policy, config, watched, test_set, folder, epoch)
         if not last:
             row |= train_epoch(policy, config, reward, train_set, epoch)
@@ -508,7 +514,7 @@ class Policy:
         return params
 
     def velocity(self, x, t, condition):
-        """The network's v in float32. x: [B, C, H, W], t: [1 or B, 1, 1, 1] -> [B, C, H, W]
+        """The network's v in float32. x: [B, C, H, W], t: [B or 1, 1, 1, 1] -> [B, C, H, W]
 
         Classifier-free guidance makes one velocity of two calls, and so one Gaussian: that is the
         policy. Sampling and training must use the same guidance, or the ratio would compare two
@@ -556,7 +562,7 @@ class Policy:
         return embeds, pooled
 
     def time_grid(self, T, **options):
-        """The scheduler's own times [T+1] from 1 to 0: even for the toy, denser near 1 for SD3"""
+        """The scheduler's own times [T+1] from 1 to 0: even for the toy, denser near 1 for SD3.5"""
         options = options or dict(num_inference_steps=T)
         self.pipe.scheduler.set_timesteps(device=self.device, **options)
         return self.pipe.scheduler.sigmas.float()
@@ -586,7 +592,7 @@ class Policy:
         for p, data in zip(self.params, own):
             p.data = data
 
-    def step(self):
+    def optimize(self):
         """One optimizer step with the gradients of all processes -> their norm before clipping"""
         for p in self.params:
             p.grad = reduce(p.grad, "sum")
@@ -779,7 +785,7 @@ def check(config):
         value = options[f.name]
         if f.type is not float and type(value) is not f.type:
             raise TypeError(f"{f.name}: {value!r}")
-        least = 0 if f.name in MAY_BE_0 else 1e-12
+        least = 0 if f.name in MAY_BE_0 else 1 if f.type is int else 1e-12
         if f.type in (int, float) and not least <= value < 2**31:
             stop(f"--{f.name} {value}: must be {least} or more, and less than {2**31}")
     for rule in RULES:
@@ -841,7 +847,7 @@ def load_rewards(config, train_set, test_set):
     reward = watched = rewards.load(config.reward)
     if config.eval_reward:
         extra = rewards.load(config.eval_reward, "--eval_reward")
-        watched = {name: (extra[name][0], 0) for name in extra} | reward
+        watched = reward | {name: (extra[name][0], 0) for name in extra if name not in reward}
     rewards.check(watched, *zip(*train_set, *test_set))
     blank = [Image.new("RGB", (64, 64))] * 2
     rewards.score(watched, blank, *zip(train_set[0], test_set[0]))
@@ -870,8 +876,8 @@ def begin(config, policy):
 def claim(config):
     """A folder that no other run has: runs/<name>, or the first free of ocr, ocr-2, ocr-3, ..."""
     name = config.name or re.sub(r"[^\w.-]+", "-", config.reward)
-    for suffix in ["", *(f"-{number}" for number in range(2, 10**6))]:
-        folder = Path("runs", name + suffix)
+    for number in itertools.count(1):
+        folder = Path("runs", name if number == 1 else f"{name}-{number}")
         try:
             (folder / "samples").mkdir(parents=True)
             return folder
@@ -988,6 +994,8 @@ def accuracies(right, rows):
 
 def diversity(images, n):
     """Mean rms difference between the pixels of a prompt's first and last image, from 0 to 1"""
+    if n == 1:
+        return math.nan
     pixels = np.stack(images) / 255
     squared = (pixels[::n] - pixels[n - 1::n]) ** 2
     distances = np.sqrt(squared.mean((1, 2, 3)))
