@@ -1,9 +1,15 @@
-"""Draws the figures of results/README.md: python results/figures.py
+"""Draws results/figures and fills the tables of results/README.md from runs.jsonl.
 
-The first two are computed here, from flow_grpo.py's own functions; the curves are read from the runs' metrics.jsonl; strips and film
-are cut from the pictures in runs/, where those runs are on this machine.
+  python results/figures.py                    # everything: about five minutes on one core
+  python results/figures.py marginals windows  # only these
+
+A function below is a figure, a table, or both; what it returns is the table of its name in
+README.md. Where the new defaults have no run yet, the first edition's are shown and marked so.
 """
+import functools
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,166 +19,456 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 RESULTS = Path(__file__).resolve().parent
-OUT = RESULTS / "figures"
+OUT, RUNS = RESULTS / "figures", RESULTS.parent / "runs"
 sys.path.insert(0, str(RESULTS.parent))
 import flow_grpo  # noqa: E402
+import rewards  # noqa: E402
+
+ROWS = [json.loads(line) for line in (RESULTS / "runs.jsonl").read_text("utf-8").splitlines()]
+FIRST = "first-edition/"
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+COLORS = "black", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+BLACK, BLUE, ORANGE, _, RED, *_ = COLORS
 
 
-def marginals(samples=100_000, T=40, noise_level=0.7):
-    """The distribution of x_t for one-dimensional data of which the exact velocity is known: by the ODE, by the SDE, and by the
-    ODE with the SDE's noise but without its drift."""
-    weights, means, stds = (torch.tensor(a) for a in ([0.4, 0.6], [-1.5, 1.0], [0.2, 0.4]))
-
-    def velocity(x, t):  # E[noise - data | x_t = x], x: [B, 1]
-        variance = (1 - t) ** 2 * stds**2 + t**2
-        log_part = weights.log() - (x - (1 - t) * means) ** 2 / (2 * variance) - variance.log() / 2
-        scaled = (x - (1 - t) * means) / variance  # [B, 2]
-        data, noise = means + (1 - t) * stds**2 * scaled, t * scaled
-        return (log_part.softmax(1) * (noise - data)).sum(1, keepdim=True)
-
-    t = torch.linspace(1, 0, T + 1)
-    sigma, dt = flow_grpo.sde_noise(t, noise_level), t.diff()
-    torch.manual_seed(0)
-    start = torch.randn(samples, 1)
-    paths = {"ODE": [start], "SDE": [start], "noise without the drift": [start]}
-    for i in range(T):
-        args = [a.expand(samples) for a in (t[i], dt[i], sigma[i])]
-        for name, path in paths.items():
-            x = path[-1]
-            v, ode = velocity(x, t[i]), name == "ODE" or i == T - 1
-            if name == "SDE" and not ode:
-                x = flow_grpo.sde_step(x, v, *args, noise=torch.randn_like(x))[0]
-            else:
-                x = x + v * dt[i] + (0 if ode else sigma[i] * (-dt[i]).sqrt() * torch.randn_like(x))
-            path.append(x)
-    shown = [10, 20, 30, 36, 40]
-    figure = Figure(figsize=(12, 2.8), layout="constrained")
-    for axes, i in zip(figure.subplots(1, len(shown)), shown):
-        for name, color, style in (("ODE", "black", "-"), ("SDE", "tab:orange", "--"), ("noise without the drift", "tab:gray", ":")):
-            counts, edges = np.histogram(paths[name][i].numpy(), 80, (-3.5, 3.5), density=True)
-            axes.plot((edges[1:] + edges[:-1]) / 2, counts, style, color=color, label=name)
-        axes.set(title=f"t = {t[i]:.2f}", yticks=[])
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(OUT / "marginals.png", dpi=110)
+class Missing(Exception):
+    """Something that a figure needs is not there yet."""
 
 
-def paths(prompt='a sign that says "SNOW"', T=10, seed=3, cell=96):
-    """One image's latents, decoded after each step: by the ODE, and by SDEs of two noise levels from the same first noise."""
-    config = flow_grpo.parse_config([])
-    model = flow_grpo.load_model(config)
-    pipe, t = model.pipe, flow_grpo.time_grid(model.pipe, config, T)
-    condition = flow_grpo.encode(pipe, config, [prompt])
-    rows = [("ODE", 0), ("SDE, a = 0.7", 0.7), ("SDE, a = 0.7", 0.7), ("SDE, a = 1.5", 1.5)]
-    strip = Image.new("RGB", (110 + (T + 1) * cell, len(rows) * cell + 20), "white")
-    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(13)
-    for r, (name, a) in enumerate(rows):
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(1, pipe.vae.config.latent_channels, 12, 12, generator=generator)
-        generator.manual_seed(seed + r + 100)
-        sigma, dt = flow_grpo.sde_noise(t, a), t.diff()
-        draw.text((4, 20 + r * cell + 40), name, font=font, fill="black")
-        for i in range(T + 1):
-            strip.paste(flow_grpo.decode(pipe, x)[0].resize((cell - 4, cell - 4)), (110 + i * cell, 20 + r * cell))
-            draw.text((110 + i * cell + 4, 2), f"t = {t[i]:.2g}", font=font, fill="black")
-            if i < T:
-                with torch.no_grad():
-                    v = flow_grpo.velocity(model, config, x, t[i:i + 1], condition)
-                if a and i < T - 1:
-                    noise = torch.randn(x.shape, generator=generator)
-                    x = flow_grpo.sde_step(x, v, t[i:i + 1], dt[i:i + 1], sigma[i:i + 1], noise=noise)[0]
-                else:
-                    x = x + v * dt[i]
-    strip.save(OUT / "paths.png")
+# ------------------------------------------------------------------------------------- runs, tables
 
 
-def rows_of(run):
-    return [json.loads(line) for line in (RESULTS / run / "metrics.jsonl").read_text().splitlines()]
+def runs(name, edition=""):
+    """All seeds of a setting: the rows named edition + name/seed0 and so on"""
+    return [row for row in ROWS if row["name"].rpartition("/")[0] == edition + name]
 
 
-def curves(name, runs, title, timed=None):
-    """Training reward, smoothed over three epochs, by epoch; with timed also by time. runs: {folder: label}; timed: {folder: the
-    run that measured what an epoch costs, with nothing beside it}
-    """
-    figure = Figure(figsize=(5.5 * (2 if timed else 1), 3.6), layout="constrained")
-    for axes, by_time in zip(np.atleast_1d(figure.subplots(1, 2 if timed else 1)), (False, True)):
-        for run, label in runs.items():
-            if not (RESULTS / run / "metrics.jsonl").exists():
-                continue
-            reward = np.convolve([row["reward"] for row in rows_of(run) if "reward" in row], np.ones(3) / 3, "valid")
-            seconds = epoch_seconds(timed[run]) if by_time else 1
-            axes.plot(seconds * np.arange(1, len(reward) + 1), reward, label=label)
-        axes.set(title=title, xlabel="seconds of training" if by_time else "epoch", ylabel="training reward")
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+def found(*names):
+    """{name: its runs}, all of one edition: the new one, if it has any of them"""
+    for edition in ("", FIRST):
+        there = {name: runs(name, edition) for name in names if runs(name, edition)}
+        if there:
+            return there
+    raise Missing(f"no run of {', '.join(names)} in runs.jsonl")
+
+
+def label(name, rows):
+    """A name, marked where its runs are the first edition's"""
+    return name + (" (first edition)" if rows[0]["name"].startswith(FIRST) else "")
+
+
+def values(rows, key):
+    """Of the last evaluation, one value for each run that has it"""
+    return [row["final"][key] for row in rows if key in row["final"]]
+
+
+def spread(numbers, digits=3):
+    """0.950 (0.900 to 0.990): the mean, and from the worst to the best"""
+    if not numbers:
+        return ""
+    mean, worst, best = (f"{f(numbers):.{digits}f}" for f in (np.mean, min, max))
+    return f"{mean} ({worst} to {best})" if len(numbers) > 1 else mean
+
+
+def table(head, *lines):
+    rows = [head, ["---"] * len(head), *lines]
+    return ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+
+
+def fill(name, lines):
+    """Put a table between its marks in README.md"""
+    path = RESULTS / "README.md"
+    marks = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    text = path.read_text(encoding="utf-8")
+    text = marks.sub(lambda mark: mark[1] + "\n".join(lines) + "\n" + mark[2], text)
+    path.write_text(text, encoding="utf-8")
+
+
+def save(figure, name):
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0] and not figure.legends:
+            axes.legend(fontsize=8, frameon=False)
     figure.savefig(OUT / f"{name}.png", dpi=110)
 
 
-def epoch_seconds(run):
-    return np.mean([sum(row[f"seconds_{part}"] for part in ("sampling", "reward", "update")) for row in rows_of(run)[1:3]])
+# --------------------------------------------------------------------- what the model itself shows
 
 
-def hacking(seeds=(0, 1, 2)):
-    """PickScore's proxy, the taste that it imitates, and diversity, with and without KL: a line for each seed."""
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    keys = {"eval_reward": "trained on: toy_pickscore", "eval_reward/toy_taste": "held out: toy_taste", "eval_diversity": "diversity"}
+def mixture(means, stds, weights=(0.4, 0.6)):
+    """One-dimensional data with two modes: std(t) of x_t, its density(x, t), its exact velocity"""
+    means, stds, weights = torch.tensor([means, stds, weights])
+
+    def parts(x, t):  # of x_t, given each mode; x: [..., 1]
+        variance = (1 - t) ** 2 * stds**2 + t**2
+        density = torch.exp(-(x - (1 - t) * means) ** 2 / (2 * variance))
+        return variance, weights * density / torch.sqrt(2 * torch.pi * variance)
+
+    def velocity(x, t):  # E[noise - data | x_t = x]
+        variance, density = parts(x, t)
+        scaled = (x - (1 - t) * means) / variance
+        v = t * scaled - (means + (1 - t) * stds**2 * scaled)
+        return (density / density.sum(-1, keepdim=True) * v).sum(-1, keepdim=True)
+
+    def std(t):
+        variance = (weights * (stds**2 + means**2)).sum() - (weights * means).sum() ** 2
+        return torch.sqrt((1 - t) ** 2 * variance + t**2)
+
+    return std, lambda x, t: parts(x, t)[1].sum(-1), velocity
+
+
+def path(velocity, T, sde, noise_level, drift=True, samples=100_000):
+    """x_t [samples, 1, 1, 1] at each t of T equal steps, the last of them without noise"""
+    times = torch.linspace(1, 0, T + 1)
+    steps = flow_grpo.sde_steps(times, noise_level, sde)
+    torch.manual_seed(0)
+    x = torch.randn(samples, 1, 1, 1)
+    x_at = {}
+    for i in range(T):
+        step = steps.at(i)
+        v, noise = velocity(x, step.t), torch.randn_like(x)
+        if noise_level and drift and i < T - 1:
+            x = flow_grpo.sde_step(x, v, step, noise)[0]
+        else:
+            x = x + (step.s - step.t) * v
+            x = x + step.std * noise if noise_level and i < T - 1 else x
+        x_at[round(times[i + 1].item(), 3)] = x
+    return x_at
+
+
+def marginals(shown=(0.7, 0.4, 0.2, 0.1, 0.0)):
+    """Do the SDEs have the ODE's distribution at each time? In 40 steps, and in 10"""
+    kinds = {"ODE": ("flow", 0.0), "SDE, equation 9, a = 0.7": ("flow", 0.7),
+             "CPS, a = 0.7": ("cps", 0.7), "noise without the drift": ("flow", 0.7, False)}
+    modes, point = mixture([-1.5, 1.0], [0.2, 0.4]), mixture([0.0, 0.0], [1e-4, 1e-4])
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    grid, lines = torch.linspace(-3.5, 3.5, 200)[:, None], []
+    for plots, T in zip(figure.subplots(2, len(shown), sharex=True), (40, 10)):
+        for axes, t in zip(plots, shown):
+            axes.fill_between(grid[:, 0], modes[1](grid, t), color="0.85", lw=0, label="exact")
+            axes.set(title=f"T = {T}, t = {t}", yticks=[], xlim=(-3.5, 3.5))
+        for color, (name, kind) in zip((BLACK, BLUE, ORANGE, RED), kinds.items()):
+            x = path(modes[2], T, *kind)
+            for axes, t in zip(plots, shown):
+                counts, edges = np.histogram(x[t].numpy(), 80, (-3.5, 3.5), density=True)
+                axes.plot((edges[1:] + edges[:-1]) / 2, counts, ":" if "without" in name else "-",
+                          color=color, lw=1.3, label=name)
+            dots = path(point[2], T, *kind)
+            ratios = [x[t].std() / modes[0](t) for t in shown]
+            ratios += [dots[t].std() / t for t in shown[:-1]]
+            lines.append([name, T, *(f"{ratio:.2f}" for ratio in ratios)])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    save(figure, "marginals")
+    return table(["std of x_t / exact", "T", *(f"t = {t}" for t in shown),
+                  *(f"a point, {t}" for t in shown[:-1])], *lines)
+
+
+def paths(prompt='a sign that says "SNOW"', T=10, seed=3, cell=96):
+    """One image's latents, decoded after each step: the ODE and several SDEs, from one noise"""
+    policy = flow_grpo.load_policy(flow_grpo.Config(reward="ocr"))
+    condition, times = policy.encode([prompt]), policy.time_grid(T)
+    kinds = [("ODE", 0, "flow"), ("SDE, a = 0.7", 0.7, "flow"), ("SDE again", 0.7, "flow"),
+             ("SDE, a = 1.5", 1.5, "flow"), ("CPS, a = 0.7", 0.7, "cps")]
+    strip = Image.new("RGB", (120 + (T + 1) * cell, len(kinds) * cell + 24), "white")
+    pen, font = ImageDraw.Draw(strip), ImageFont.load_default(14)
+    for r, (name, level, sde) in enumerate(kinds):
+        steps = flow_grpo.sde_steps(times, level, sde)
+        x = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed + 100 + r)
+        pen.text((4, r * cell + 60), name, "black", font)
+        for i in range(T + 1):
+            image = policy.decode(x)[0].resize((cell - 4, cell - 4), Image.LANCZOS)
+            strip.paste(image, (120 + i * cell, r * cell + 24))
+            pen.text((124 + i * cell, 3), f"t = {times[i]:.3g}", "black", font)
+            if i < T:
+                step = steps.at(i)
+                with torch.no_grad():
+                    v = policy.velocity(x, step.t, condition)
+                if level and i < T - 1:
+                    noise = torch.randn(x.shape, generator=generator)
+                    x = flow_grpo.sde_step(x, v, step, noise)[0]
+                else:
+                    x = x + (step.s - step.t) * v
+    strip.save(OUT / "paths.png")
+
+
+def noise_decides(prompts=8, size=16, late=5, cell=64):
+    """What one noisy step changes, by its place: 16 images from one first noise, ODE elsewhere"""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes, *pictures = figure.subplots(1, 3, width_ratios=[1.35, 1, 1])
+    stds, groups = {}, {}
+    for color, (reward, title) in zip((BLUE, ORANGE), (("ocr", "text"), ("geneval", "scenes"))):
+        config = flow_grpo.Config(reward=reward, noise_level=0.7)
+        policy, function = flow_grpo.load_policy(config), rewards.load(reward)[reward][0]
+        T, rows = config.train_steps, flow_grpo.load_prompts(config, "train")[:prompts]
+        names, metadata = zip(*(row for row in rows for _ in range(size)))
+        first = [1000 + g for g in range(prompts) for _ in range(size)]
+        stds[title] = []
+        for place in range(T):
+            seeds = list(range(len(names)))
+            drawn = flow_grpo.rollout(policy, config, [prompt for prompt, _ in rows], seeds, T,
+                                      range(place, place + 1), first)
+            scores = np.reshape(function(drawn.images, list(names), list(metadata)), (-1, size))
+            stds[title].append(scores.std(1))
+            groups[reward, place] = [drawn.images[g * size:(g + 1) * size] for g in range(prompts)]
+        axes.plot(range(T), stds[title], color=color, lw=0.6, alpha=0.4)
+        axes.plot(range(T), np.mean(stds[title], 1), "o-", color=color, lw=2, label=title)
+    axes.set(xlabel="the step that is noisy (0 is the first of 10)", xticks=range(T),
+             ylabel="std of the reward within a group", title="Only early noise decides the reward")
+    shown = np.argmax(stds["text"][0])
+    for axes, place in zip(pictures, (0, late)):
+        side = Image.new("RGB", (4 * cell, 4 * cell), "white")
+        for k, image in enumerate(groups["ocr", place][shown]):
+            side.paste(image.resize((cell - 2, cell - 2), Image.LANCZOS),
+                       (k % 4 * cell, k // 4 * cell))
+        axes.imshow(side)
+        axes.set_axis_off()
+        axes.set_title(f"one group, noise in step {place}")
+    save(figure, "noise_decides")
+    return table(["std within a group, noise in step", *range(T)], *(
+        [title, *(f"{std.mean():.3f}" for std in by_place)] for title, by_place in stds.items()))
+
+
+# ------------------------------------------------------------------------------ what the runs show
+
+
+def headline(task, keys, *paper):
+    """A task's table: keys of `final` and their titles; at the end the paper's lines"""
+    main, lines = next(iter(keys)), []
+    base = found(f"base/{task}")[f"base/{task}"]
+    first = runs(f"{task}/default", FIRST)
+    published = [row for row in first if row["seed"] in (0, 1, 2)]
+    later = [row for row in first if row not in published] + runs(f"{task}/default-again", FIRST)
+    for name, rows in (("the toy as it is", base), ("**trained**", runs(f"{task}/default")),
+                       ("first edition, seeds 0, 1, 2", published),
+                       ("first edition, runs made later", later)):
+        trained = [row for row in rows if row["curves"].get("epoch")]
+        before = [row["curves"][main][0] for row in trained]
+        seconds = [row["seconds"] for row in trained]
+        numbers = [mean(rows, key) if "accuracy/" in key else spread(values(rows, key))
+                   for key in keys]
+        if rows:
+            lines.append([name, len(rows), f"{np.mean(before):.3f}" if before else "", *numbers,
+                          f"{np.mean(seconds):.0f}" if seconds else ""])
+    for name, numbers in paper:
+        numbers = numbers.split() + [""] * len(keys)
+        lines.append([name, "", "", *numbers[:len(keys)], ""])
+    return table(["", "runs", "before", *keys.values(), "seconds"], *lines)
+
+
+def mean(rows, key):
+    return f"{np.mean(values(rows, key)):.2f}" if values(rows, key) else ""
+
+
+def ocr():
+    return headline("ocr", {
+        "eval_accuracy": "whole words", "eval_reward": "mean reward", "eval_diversity": "diversity",
+    })
+
+
+TASKS = dict(single_object="single", two_object="two", counting="counting", colors="colours",
+             position="position", color_attr="attribution")
+PAPER_GENEVAL = (("SD3.5-Medium in the paper", "0.63 0.98 0.78 0.50 0.81 0.24 0.52"),
+                 ("with Flow-GRPO", "0.95 1.00 0.99 0.95 0.92 0.99 0.86"))
+PAPER_UNSEEN = (("SD3.5-Medium in the paper", "0.64 0.96 0.73 0.53 0.87 0.26 0.47"),
+                ("with Flow-GRPO", "0.90 1.00 0.94 0.86 0.97 0.84 0.77"))
+
+
+def geneval():
+    by_task = {f"eval_accuracy/{task}": title for task, title in TASKS.items()}
+    keys = {"eval_accuracy": "overall"} | by_task
+    return headline("geneval", keys, *PAPER_GENEVAL)
+
+
+def generalisation():
+    rows = found("generalisation/default")["generalisation/default"]
+    keys = ["eval_accuracy", *(f"eval_accuracy/{task}" for task in TASKS)]
+    lines = [[text, *(f"{np.mean([row['curves'][key][i] for row in rows]):.2f}" for key in keys)]
+             for text, i in ((label("before", rows), 0), (label("after", rows), -1))]
+    return table(["", "overall", *TASKS.values()], *lines, *(
+        [name, *numbers.split()] for name, numbers in PAPER_UNSEEN))
+
+
+def pickscore():
+    return headline("pickscore", {
+        "eval_reward": "toy_pickscore", "eval_reward/toy_taste": "held out: toy_taste",
+        "eval_diversity": "diversity",
+    })
+
+
+def curves():
+    """The three tasks: the evaluations of each seed"""
+    panels = (("ocr", "eval_accuracy", "text: whole words"),
+              ("geneval", "eval_accuracy", "composition: scenes right"),
+              ("pickscore", "eval_reward", "preference: toy_pickscore"))
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, (task, key, title) in zip(figure.subplots(1, 3), panels):
+        rows = found(f"{task}/default")[f"{task}/default"]
+        evaluations(axes, rows, key, BLUE)
+        axes.set(xlabel="epoch", ylabel="held-out prompts")
+        axes.set_title(label(title, rows), fontsize=10)
+    save(figure, "curves")
+
+
+def evaluations(axes, rows, key, color, text=None):
+    """A line for each seed"""
+    for i, row in enumerate(row for row in rows if key in row["curves"]):
+        axes.plot(row["curves"]["eval_epoch"], row["curves"][key], "o-", color=color, lw=1.2,
+                  markersize=3, alpha=0.8, label=None if i else text)
+
+
+def hacking():
+    """PickScore at twice the rate: the trained score, the held-out taste, diversity"""
+    keys = {"eval_reward": "trained on: toy_pickscore",
+            "eval_reward/toy_taste": "held out: toy_taste", "eval_diversity": "diversity"}
+    both = found("pickscore/lr3e-3-beta0.3", "pickscore/lr3e-3-beta0")
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 3), keys.items()):
-        for run, label, color in (("pick-fast-seed", "with KL", "tab:blue"), ("pick-fast-nokl-seed", "without KL", "tab:red")):
-            for seed in seeds:
-                points = [(row["epoch"], row[key]) for row in rows_of(f"{run}{seed}") if key in row]
-                axes.plot(*zip(*points), "o-", markersize=3, color=color, alpha=0.8, label=label if seed == 0 else None)
+        for rows, color, text in zip(both.values(), (BLUE, RED), ("with KL", "without KL")):
+            evaluations(axes, rows, key, color, text)
         axes.set(title=title, xlabel="epoch")
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(OUT / "hacking.png", dpi=110)
+    save(figure, "hacking")
 
 
-def strip(name, pictures, rows=1):
-    """The same prompts and seeds in several sample grids: the first rows of each. pictures: {label: path}; does nothing where one is
-    missing, as runs/ is only on the machine that made it."""
-    if not all(path.exists() for path in pictures.values()):
-        return
-    grids = {label: Image.open(path) for label, path in pictures.items()}
-    width, height = next(iter(grids.values())).width, rows * 178  # a row: 150 pixels of image and two lines of text
-    image = Image.new("RGB", (width + 90, height * len(grids)), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    for i, (label, grid) in enumerate(grids.items()):
-        image.paste(grid.crop((0, 0, width, height)), (90, i * height))
-        draw.text((4, i * height + height // 2 - 20), label, font=font, fill="black")
-    image.save(OUT / f"{name}.png")
+def kl():
+    """Each task with the KL and without"""
+    keys, lines = ("eval_reward", "eval_reward/toy_taste", "eval_diversity"), []
+    for task, with_kl, without in (
+            ("text", "ocr/default", "ocr/beta0"), ("scenes", "geneval/default", "geneval/beta0"),
+            ("preference", "pickscore/default", "pickscore/beta0"),
+            ("preference, lr 3e-3", "pickscore/lr3e-3-beta0.3", "pickscore/lr3e-3-beta0")):
+        for name, rows in found(with_kl, without).items():
+            rows = [row for row in rows if row["curves"]]
+            moved = np.mean([row["curves"]["kl"][-4:] for row in rows])
+            lines.append([label(task, rows), "no" if name == without else "yes", len(rows),
+                          *(spread(values(rows, key)) for key in keys), f"{moved:.1e}"])
+    return table(["trained on", "KL", "seeds", "its reward", "held out: toy_taste", "diversity",
+                  "KL at the end"], *lines)
 
 
-def film(run):
-    """The first two rows of a run's sample grids as an animation; the run evaluates after every epoch."""
-    frames, font = [], ImageFont.load_default(20)
-    for path in sorted((run / "samples").glob("*.png")):
-        grid = Image.open(path)
-        grid = grid.crop((0, 0, grid.width, 2 * 178)).resize((grid.width * 2 // 3, 2 * 178 * 2 // 3), Image.LANCZOS)
-        frame = Image.new("RGB", (grid.width, grid.height + 30), "white")
-        ImageDraw.Draw(frame).text((4, 2), f"after {int(path.stem)} epochs", font=font, fill="black")
-        frame.paste(grid, (0, 30))
-        frames.append(frame.quantize(64))
-    if frames:
-        frames[0].save(OUT / f"{run.name}.gif", save_all=True, append_images=frames[1:], loop=0,
-                       duration=[1500] + [400] * (len(frames) - 2) + [3000])
+def times():
+    """What an epoch costs: the mean of the second and the third"""
+    names = {"time/T40": "T = 40", "time/T10": "T = 10", "time/T5": "T = 5",
+             "time/T40-window0": "T = 40, all but the last step noisy",
+             "time/T10-window0": "T = 10, the same"}
+    rows = found(*names)
+    return table([label("", rows["time/T10"]).strip(), *(names[name] for name in rows)], [
+        "seconds an epoch", *(f"{np.mean(row['curves']['seconds'][1:3]):.1f}"
+                              for row, in rows.values())])
+
+
+# One option at a time, on dev/ocr: the title of a figure, its runs and what they are called
+ABLATIONS = {
+    "denoising": ("Steps while training", {
+        "T40": "T = 40", "default": "T = 10, the default", "T5": "T = 5"}),
+    "windows": ("Noisy steps", {
+        "window0": "all but the last", "window1": "1", "default": "2, the default", "window3": "3",
+        "cps": "2, CPS"}),
+    "places": ("Where the noisy steps begin", {
+        "start0-0": "at 0", "default": "the default", "start0-3": "0 to 3", "start2-3": "2 to 3"}),
+    "noise": ("Noise level", {
+        "noise0.1": "0.1", "noise0.4": "0.4", "default": "0.7, the default", "noise1.0": "1.0"}),
+    "groups": ("Groups x images of each", {
+        "groups4x32": "4 x 32", "groups5x24": "5 x 24", "default": "8 x 16, the default",
+        "groups11x12": "11 x 12", "groups21x6": "21 x 6"}),
+    "seeds": ("First noise in a group", {
+        "default": "the default", "different-noise": "different", "same-noise": "the same"}),
+    "learning": ("Learning", {
+        "default": "the defaults", "clip1e-4": "clip range 1e-4", "clip3e-4": "clip range 3e-4",
+        "clip1e-3": "clip range 1e-3", "updates1": "1 update", "updates4": "4 updates",
+        "std-group": "std of the group"}),
+}
+
+
+def ablation(name):
+    """Training reward, smoothed over three epochs: the seeds' mean, and from worst to best"""
+    title, names = ABLATIONS[name]
+    all_runs = found(*(f"dev/ocr/{run}" for run in names))
+    if len(all_runs) < 2:
+        raise Missing("runs.jsonl has nothing to compare")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for color, (run, rows) in zip(COLORS, all_runs.items()):
+        reward = [np.convolve(row["curves"]["reward"], np.ones(3) / 3, "valid") for row in rows]
+        epochs = np.arange(len(reward[0])) + 2
+        text = f"{names[run.rpartition('/')[2]]} ({len(rows)} seed{'s' * (len(rows) > 1)})"
+        axes.plot(epochs, np.mean(reward, 0), color=color, label=text)
+        axes.fill_between(epochs, np.min(reward, 0), np.max(reward, 0), color=color, alpha=0.12,
+                          lw=0)
+    axes.set(title=label(title, rows), xlabel="epoch", ylabel="training reward, mean of 3 epochs")
+    save(figure, name)
+
+
+def ablations():
+    """Accuracy, speed and clipping of each setting; a row of the table holds a group of settings"""
+    lines = []
+    for title, names in ABLATIONS.values():
+        cells = []
+        for run, rows in found(*(f"dev/ocr/{run}" for run in names)).items():
+            curves = [row["curves"] for row in rows]
+            accuracy = [curve["eval_accuracy"] for curve in curves]
+            reward = [np.mean(curve["reward"][:len(curve["reward"]) // 2]) for curve in curves]
+            clipped = [np.add(curve["clip_low"], curve["clip_high"]).mean() for curve in curves]
+            cells.append([
+                names[run.rpartition("/")[2]], str(len(rows)),
+                spread([line[len(line) // 2] for line in accuracy]),
+                spread([line[-1] for line in accuracy]), spread(reward),
+                f"{np.mean(clipped):.1%}"])
+        if len(cells) > 1:
+            lines.append([label(title, rows), *map("<br>".join, zip(*cells))])
+    there = [name for name in ABLATIONS if (OUT / f"{name}.png").exists()]
+    pictures = [f"![{ABLATIONS[name][0]}](figures/{name}.png)" for name in there]
+    return [*table(["", "setting", "seeds", "whole words at half time", "at the end",
+                    "training reward, first half", "clipped"], *lines), "", " ".join(pictures)]
+
+
+# --------------------------------------------------------------------- what the runs' folders hold
+
+
+def pictures():
+    """Pictures from runs/, where the runs are on this machine; else the present ones stay"""
+    copies = {f"before-after-{task}.png": f"{task}-default-seed*/before_after.png"
+              for task in ("ocr", "geneval", "pickscore", "generalisation")}
+    for name, pattern in (copies | {"film.gif": "ocr-film-seed0/film.gif"}).items():
+        there = sorted(RUNS.glob(pattern))
+        if there:
+            shutil.copy(there[0], OUT / name)
+        else:
+            print(f"{name} stays: there is no runs/{pattern}")
+
+
+def hacked():
+    """The same prompts and seeds before training, and after it with KL and without"""
+    strips = {}
+    for text, folder, which in (("before", "pickscore-lr3e-3-beta0", 0),
+                                ("with KL", "pickscore-lr3e-3-beta0.3", -1),
+                                ("without KL", "pickscore-lr3e-3-beta0", -1)):
+        there = sorted(RUNS.glob(f"{folder}-seed0/samples/*.png"))
+        if not there:
+            raise Missing(f"there is no runs/{folder}-seed0/samples")
+        strips[text] = Image.open(there[which])
+    width, height = strips["before"].width, 2 * 178  # two rows of images with their captions
+    image = Image.new("RGB", (width + 100, 3 * height), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(16)
+    for i, (text, grid) in enumerate(strips.items()):
+        image.paste(grid.crop((0, 0, width, height)), (100, i * height))
+        pen.text((6, i * height + height // 2), text, "black", font)
+    image.save(OUT / "hacking-pictures.png")
+
+
+def main(chosen):
+    functions = (marginals, paths, noise_decides, ocr, geneval, generalisation, pickscore, curves,
+                 hacking, kl, times, ablations, pictures, hacked)
+    jobs = {name: functools.partial(ablation, name) for name in ABLATIONS}
+    jobs |= {function.__name__: function for function in functions}
+    for name in chosen or jobs:
+        try:
+            fill(name, jobs[name]() or [])
+            print(name)
+        except Missing as error:
+            print(f"{name}: skipped, {error}")
 
 
 if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
-    marginals()
-    paths()
-    default = "tried/lr15_b1_s0"
-    curves("denoising", {"tried/steps40": "T = 40", default: "T = 10", "tried/steps5": "T = 5"}, "steps while training",
-           {"tried/steps40": "tried/time-steps40", default: "tried/time-steps10", "tried/steps5": "tried/time-steps5"})
-    curves("windows", {"tried/window0": "all but the last", "tried/window1": "1", default: "2", "tried/window3": "3", "tried/cps": "2, CPS"},
-           "SDE steps of T = 10")
-    curves("noise", {"tried/noise0.1": "a = 0.1", "tried/noise0.4": "a = 0.4", default: "a = 0.7", "tried/noise1.0": "a = 1"}, "noise level")
-    curves("groups", {"tried/groups4x32": "4 x 32", "tried/groups5x24": "5 x 24", default: "8 x 16", "tried/groups11x12": "11 x 12",
-                      "tried/groups21x6": "21 x 6"}, "groups x group size")
-    curves("seeds", {default: "seed 0", "tried/lr15_b1_s1": "seed 1", "tried/lr15_b1_s2": "seed 2", "tried/same_noise-s0": "same noise, 0",
-                     "tried/same_noise-s1": "same noise, 1", "tried/same_noise-s2": "same noise, 2"}, "three seeds, different and same first noise")
-    hacking()
-    runs = RESULTS.parent / "runs"
-    strip("training", {f"epoch {e}": runs / f"ocr-seed0/samples/{e:04d}.png" for e in (0, 4, 8, 12, 16)})
-    strip("hacking-pictures", {"base": runs / "pick-fast-seed0/samples/0000.png", "with KL": runs / "pick-fast-seed0/samples/0048.png",
-                               "without KL": runs / "pick-fast-nokl-seed0/samples/0048.png"}, rows=2)
-    film(runs / "film")
+    main(sys.argv[1:])

@@ -1,0 +1,192 @@
+"""Every run of results/README.md once more: python results/run_all.py [what the name begins with]
+
+A run that has ended becomes one row of runs.jsonl. Names that the file has are skipped, so a
+stopped script goes on where it was. Then `python results/figures.py` draws and fills the tables.
+Runs with a time to report have the machine to themselves. The others go two at a time, with one
+thread each. Everything takes about two hours on 2 cores.
+"""
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+TOP = Path(__file__).resolve().parents[1]
+ROWS, LOCK = TOP / "results/runs.jsonl", threading.Lock()
+sys.path.insert(0, str(TOP))
+import flow_grpo  # noqa: E402
+
+EDITION = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TOP, text=True,
+                         capture_output=True).stdout
+TASKS = "single_object", "two_object", "counting", "colors", "position", "color_attr"
+
+# What is run: name, options, seeds. The headline seeds were chosen once, before any was run.
+THREE = range(3)
+ALL = "--eval_prompts 0"  # an evaluation on every test prompt; it changes nothing else
+OCR = "--reward ocr"
+GENEVAL = "--reward geneval --eval_reward toy_taste"
+PICKSCORE = "--reward toy_pickscore --eval_reward toy_taste"
+DEV = f"{OCR} --dataset dev/ocr"  # a part of the training words: no test word decides anything
+ALONE = "base/", "ocr/default/", "geneval/default/", "pickscore/default/", "time/"
+RUNS = [
+    ("base/ocr", f"{OCR} --epochs 0 {ALL}", [0]),
+    ("base/geneval", f"{GENEVAL} --epochs 0 {ALL}", [0]),
+    ("base/pickscore", f"{PICKSCORE} --epochs 0 {ALL}", [0]),
+    ("ocr/default", f"{OCR} {ALL}", range(100, 110)),
+    ("geneval/default", f"{GENEVAL} {ALL}", range(100, 105)),
+    ("pickscore/default", f"{PICKSCORE} {ALL}", range(100, 105)),
+    ("ocr/film", f"{OCR} --eval_every 1 --eval_prompts 16 --eval_per_prompt 1", [0]),
+    ("redness/default", "--reward flow_grpo:redness", [0]),
+
+    # the KL, and what happens without it
+    ("ocr/beta0", f"{OCR} --beta 0 {ALL}", THREE),
+    ("pickscore/beta0", f"{PICKSCORE} --beta 0 {ALL}", THREE),
+    ("pickscore/lr3e-3-beta0.3", f"{PICKSCORE} --learning_rate 3e-3 --beta 0.3 {ALL}", THREE),
+    ("pickscore/lr3e-3-beta0", f"{PICKSCORE} --learning_rate 3e-3 --beta 0 {ALL}", THREE),
+
+    ("generalisation/default", f"{GENEVAL} --dataset dev/generalisation {ALL}", [0]),
+
+    # denoising reduction: the window covers a fifth of the path, and begins as early, in all three
+    ("dev/ocr/default", DEV, THREE),
+    ("dev/ocr/T40", f"{DEV} --train_steps 40 --window 8 --window_start 0-4", THREE),
+    ("dev/ocr/T5", f"{DEV} --train_steps 5 --window 1 --window_start 0-0", THREE),
+    ("time/T40", f"{DEV} --train_steps 40 --window 8 --window_start 0-4 --epochs 3", [0]),
+    ("time/T10", f"{DEV} --epochs 3", [0]),
+    ("time/T5", f"{DEV} --train_steps 5 --window 1 --window_start 0-0 --epochs 3", [0]),
+
+    # where the noise is
+    ("dev/ocr/window0", f"{DEV} --window 0", THREE),
+    ("dev/ocr/window1", f"{DEV} --window 1", THREE),
+    ("dev/ocr/window3", f"{DEV} --window 3", THREE),
+    ("dev/ocr/start0-0", f"{DEV} --window_start 0-0", THREE),
+    ("dev/ocr/start0-3", f"{DEV} --window_start 0-3", THREE),
+    ("dev/ocr/start2-3", f"{DEV} --window_start 2-3", THREE),
+    ("dev/ocr/cps", f"{DEV} --sde cps --noise_level 0.8 --beta 0.01", THREE),
+
+    # one option at a time
+    ("dev/ocr/noise0.1", f"{DEV} --noise_level 0.1", THREE),
+    ("dev/ocr/noise0.4", f"{DEV} --noise_level 0.4", THREE),
+    ("dev/ocr/noise1.0", f"{DEV} --noise_level 1", THREE),
+    ("dev/ocr/groups4x32", f"{DEV} --groups 4 --group_size 32", [0]),
+    ("dev/ocr/groups5x24", f"{DEV} --groups 5 --group_size 24", [0]),
+    ("dev/ocr/groups11x12", f"{DEV} --groups 11 --group_size 12", [0]),
+    ("dev/ocr/groups21x6", f"{DEV} --groups 21 --group_size 6", [0]),
+    ("dev/ocr/different-noise", f"{DEV} --no-same_noise", THREE),
+    ("dev/ocr/same-noise", f"{DEV} --same_noise", THREE),
+    ("dev/ocr/clip1e-4", f"{DEV} --clip_range 1e-4", THREE),
+    ("dev/ocr/clip3e-4", f"{DEV} --clip_range 3e-4", THREE),
+    ("dev/ocr/clip1e-3", f"{DEV} --clip_range 1e-3", THREE),
+    ("dev/ocr/updates1", f"{DEV} --updates 1", [0]),
+    ("dev/ocr/updates4", f"{DEV} --updates 4", [0]),
+    ("dev/ocr/std-group", f"{DEV} --std_over group", [0]),
+]
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_dev():
+    """The data sets that are not in the repository: a part of the training words, unseen scenes"""
+    ocr, unseen = TOP / "dev/ocr", TOP / "dev/generalisation"
+    for folder in (ocr, unseen, TOP / "runs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    words = (TOP / "toy/ocr/train.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    (ocr / "train.txt").write_text("".join(words[:-60]), encoding="utf-8")
+    (ocr / "test.txt").write_text("".join(words[-60:]), encoding="utf-8")
+
+    # Trained without crosses, purple and "four"; tested on what has one of them.
+    train = read_jsonl(TOP / "toy/geneval/train_metadata.jsonl")
+    scenes = train + read_jsonl(TOP / "toy/geneval/test_metadata.jsonl")
+    train = [row for row in train if not re.search("cross|purple|four", row["prompt"])]
+    tests = []
+    for task in TASKS:  # 24 rows each; where there are fewer scenes, they repeat
+        new = "four (circles|squares|triangles)" if task == "counting" else "cross|purple"
+        rows = {row["prompt"]: row for row in scenes
+                if row["tag"] == task and re.search(new, row["prompt"])}
+        rows = [rows[prompt] for prompt in sorted(rows)]
+        random.Random(0).shuffle(rows)
+        tests.append((rows * 24)[:24])
+    test = [row for six in zip(*tests) for row in six]
+    for split, rows in (("train", train), ("test", test)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (unseen / f"{split}_metadata.jsonl").write_text(text, encoding="utf-8")
+
+
+def curves_and_final(rows):
+    """metrics.jsonl -> the curves, four digits each, and the metrics of the last evaluation"""
+    training = [row for row in rows if "reward" in row]
+    evaluations = [row for row in rows if "eval_reward" in row]
+    curves = {"epoch": [row["epoch"] for row in training]}
+    for key in ("reward", "kl", "group_std", "no_signal", "clip_low", "clip_high", "grad_norm"):
+        curves[key] = [row.get(key) for row in training]
+    curves["seconds"] = [row.get("seconds") or sum(
+        value for key, value in row.items() if key.startswith("seconds_")) for row in training]
+    curves["eval_epoch"] = [row["epoch"] for row in evaluations]
+    final = {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
+    for key in final:
+        curves[key] = [row.get(key) for row in evaluations]
+    return ({key: [short(value) for value in values] for key, values in curves.items()},
+            {key: short(value) for key, value in final.items()})
+
+
+def short(value):
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def machine():
+    cpu = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines()
+           if line.startswith("model name")]
+    return f"{len(cpu)} cores of an {cpu[0]}, torch {torch.__version__}"
+
+
+def run(name, options, seed, threads):
+    """One run, and its row in runs.jsonl"""
+    folder = TOP / "runs" / name.replace("/", "-")
+    command = f"flow_grpo.py {options} --seed {seed}"
+    resume = ["--resume"] if folder.exists() else []  # this script was stopped in the middle of it
+    start = time.time()
+    with Path(f"{folder}.log").open("a", encoding="utf-8") as log:
+        failed = subprocess.run(
+            [sys.executable, *command.split(), "--name", folder.name, *resume], cwd=TOP, stdout=log,
+            stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+    seconds = round(time.time() - start, 1)
+    print(f"{name}: {f'failed, see {log.name}' if failed else f'{seconds} s'}", flush=True)
+    if failed:
+        return
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    default = asdict(flow_grpo.Config()) | {key: config[key] for key in ("name", "resume", "seed")}
+    curves, final = curves_and_final(read_jsonl(folder / "metrics.jsonl"))
+    row = {
+        "name": name, "command": f"python {command}",
+        "options": {key: value for key, value in config.items() if value != default.get(key)},
+        "seed": seed, "curves": curves, "final": final, "seconds": None if resume else seconds,
+        "machine": machine(), "edition": EDITION.strip()}
+    with LOCK, ROWS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def main(prefix=""):
+    done = {row["name"] for row in read_jsonl(ROWS)}
+    todo = [(f"{name}/seed{seed}", options, seed) for name, options, seeds in RUNS
+            for seed in seeds]
+    todo = [job for job in todo if job[0].startswith(prefix) and job[0] not in done]
+    write_dev()
+    for job in todo:
+        if job[0].startswith(ALONE):
+            run(*job, threads=os.cpu_count())
+    with ThreadPoolExecutor(2) as pool:
+        others = [job for job in todo if not job[0].startswith(ALONE)]
+        list(pool.map(lambda job: run(*job, threads=1), others))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
