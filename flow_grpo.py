@@ -676,7 +676,7 @@ def load_policy(config, prompts=()):
 @dataclass
 class Config:
     # what to train, on what
-    preset: str = "toy"                # toy, sd3.5-medium, sd3.5-medium-24gb, flux.1-dev: defaults
+    preset: str = ""                   # one of PRESETS; default: that of the reward, if it has one
     reward: str = "ocr"                # of rewards.py, "file.py:function", or "ocr:1,pickscore:0.5"
     eval_reward: str = ""              # the same, but only measured: they show reward hacking
     model: str = "toy"                 # folder or hub name of an SD3 or FLUX pipeline
@@ -728,7 +728,10 @@ PAPER = dict(
     learning_rate=3e-4, clip_range=1e-4, beta=0.04, ema_every=8, batch_size=8, eval_prompts=0,
     eval_per_prompt=1)
 PRESETS = {
-    "toy": {},
+    "": {},
+    # The toy: for OCR the defaults above; these two rewards take longer.
+    "geneval": dict(groups=16, epochs=32, eval_every=8, beta=0.1, window=2),
+    "toy_pickscore": dict(epochs=32, eval_every=8, beta=0.1, window=2),
     "sd3.5-medium": PAPER,
     "sd3.5-medium-24gb": PAPER | dict(  # the same algorithm with smaller epochs
         groups=12, batch_size=4, gradient_checkpointing=True, offload=True, eval_prompts=100),
@@ -761,7 +764,7 @@ def parse_config(argv=None):
             kind = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    preset = PRESETS.get(given.get("preset"), {})
+    preset = PRESETS.get(given.get("preset", given.get("reward")), {})
     saved, resume = {}, given.get("resume")
     try:
         if resume:

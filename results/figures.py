@@ -206,7 +206,7 @@ def noise_decides(prompts=8, size=16, late=5, cell=64):
         stds[title] = []
         for place in range(T):
             seeds = list(range(len(names)))
-            drawn = flow_grpo.rollout(policy, config, [prompt for prompt, _ in rows], seeds, T,
+            drawn = flow_grpo.rollout(policy, config, names, seeds, T,
                                       range(place, place + 1), first)
             scores = np.reshape(function(drawn.images, list(names), list(metadata)), (-1, size))
             stds[title].append(scores.std(1))

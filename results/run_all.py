@@ -35,14 +35,14 @@ OCR = "--reward ocr"
 GENEVAL = "--reward geneval --eval_reward toy_taste"
 PICKSCORE = "--reward toy_pickscore --eval_reward toy_taste"
 DEV = f"{OCR} --dataset dev/ocr"  # a part of the training words: no test word decides anything
-ALONE = "base/", "ocr/default/", "geneval/default/", "pickscore/default/", "time/"
+ALONE = "time/"
 RUNS = [
     ("base/ocr", f"{OCR} --epochs 0 {ALL}", [0]),
     ("base/geneval", f"{GENEVAL} --epochs 0 {ALL}", [0]),
     ("base/pickscore", f"{PICKSCORE} --epochs 0 {ALL}", [0]),
-    ("ocr/default", f"{OCR} {ALL}", range(100, 110)),
-    ("geneval/default", f"{GENEVAL} {ALL}", range(100, 105)),
-    ("pickscore/default", f"{PICKSCORE} {ALL}", range(100, 105)),
+    ("ocr/default", f"{OCR} {ALL}", range(2001, 2011)),
+    ("geneval/default", f"{GENEVAL} {ALL}", range(2001, 2006)),
+    ("pickscore/default", f"{PICKSCORE} {ALL}", range(2001, 2006)),
     ("ocr/film", f"{OCR} --eval_every 1 --eval_prompts 16 --eval_per_prompt 1", [0]),
     ("redness/default", "--reward flow_grpo:redness", [0]),
 
@@ -56,19 +56,21 @@ RUNS = [
 
     # denoising reduction: the window covers a fifth of the path, and begins as early, in all three
     ("dev/ocr/default", DEV, THREE),
-    ("dev/ocr/T40", f"{DEV} --train_steps 40 --window 8 --window_start 0-4", THREE),
-    ("dev/ocr/T5", f"{DEV} --train_steps 5 --window 1 --window_start 0-0", THREE),
-    ("time/T40", f"{DEV} --train_steps 40 --window 8 --window_start 0-4 --epochs 3", [0]),
+    ("dev/ocr/T40", f"{DEV} --train_steps 40 --window 8 --latest_start 0", THREE),
+    ("dev/ocr/T5", f"{DEV} --train_steps 5 --window 1 --latest_start 0", THREE),
+    ("time/T40", f"{DEV} --train_steps 40 --window 8 --latest_start 0 --epochs 3", [0]),
     ("time/T10", f"{DEV} --epochs 3", [0]),
-    ("time/T5", f"{DEV} --train_steps 5 --window 1 --window_start 0-0 --epochs 3", [0]),
+    ("time/ocr", OCR, [0]),
+    ("time/geneval", GENEVAL, [0]),
+    ("time/pickscore", PICKSCORE, [0]),
+    ("time/T5", f"{DEV} --train_steps 5 --window 1 --latest_start 0 --epochs 3", [0]),
 
     # where the noise is
     ("dev/ocr/window0", f"{DEV} --window 0", THREE),
     ("dev/ocr/window1", f"{DEV} --window 1", THREE),
     ("dev/ocr/window3", f"{DEV} --window 3", THREE),
-    ("dev/ocr/start0-0", f"{DEV} --window_start 0-0", THREE),
-    ("dev/ocr/start0-3", f"{DEV} --window_start 0-3", THREE),
-    ("dev/ocr/start2-3", f"{DEV} --window_start 2-3", THREE),
+    ("dev/ocr/start0-1", f"{DEV} --latest_start 1", THREE),
+    ("dev/ocr/start0-3", f"{DEV} --latest_start 3", THREE),
     ("dev/ocr/cps", f"{DEV} --sde cps --noise_level 0.8 --beta 0.01", THREE),
 
     # one option at a time
@@ -152,12 +154,13 @@ def run(name, options, seed, threads):
     """One run, and its row in runs.jsonl"""
     folder = TOP / "runs" / name.replace("/", "-")
     command = f"flow_grpo.py {options} --seed {seed}"
-    resume = ["--resume"] if folder.exists() else []  # this script was stopped in the middle of it
+    resume = folder.exists()  # this script was stopped in the middle of it
+    where = ["--resume", f"runs/{folder.name}"] if resume else ["--name", folder.name]
     start = time.time()
     with Path(f"{folder}.log").open("a", encoding="utf-8") as log:
         failed = subprocess.run(
-            [sys.executable, *command.split(), "--name", folder.name, *resume], cwd=TOP, stdout=log,
-            stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+            [sys.executable, *command.split(), *where], cwd=TOP, stdout=log, stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
     seconds = round(time.time() - start, 1)
     print(f"{name}: {f'failed, see {log.name}' if failed else f'{seconds} s'}", flush=True)
     if failed:
