@@ -41,7 +41,6 @@ import random
 import re
 import signal
 import sys
-import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -51,6 +50,7 @@ from typing import NamedTuple
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for onnxruntime, which diffusers imports
 
 import numpy as np
+import safetensors.torch
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
@@ -769,6 +769,8 @@ def parse_config(argv=None):
     try:
         if resume:
             saved = json.loads(Path(resume, "config.json").read_text())
+            if saved.keys() != vars(Config()).keys():
+                raise ValueError("other options")
         config = Config(**preset | saved | given)
         check(config)
     except (OSError, ValueError, TypeError) as error:
@@ -911,12 +913,12 @@ def save(policy, folder, rows):
     write(folder / "checkpoint.pt", buffer.getvalue())
     settings = policy.network.peft_config["default"].to_dict()  # without alpha its scale would be 1
     settings["target_modules"] = sorted(settings["target_modules"])
-    with policy.averaged(), tempfile.TemporaryDirectory() as scratch:
-        policy.pipe.save_lora_weights(
-            scratch, get_peft_model_state_dict(policy.network),
-            transformer_lora_adapter_metadata=settings)
-        for file in Path(scratch).iterdir():
-            write(folder / file.name, file.read_bytes())
+    settings = {f"transformer.{key}": value for key, value in settings.items()}
+    with policy.averaged():
+        lora = get_peft_model_state_dict(policy.network)
+        lora = {f"transformer.{key}": value.contiguous() for key, value in lora.items()}
+        content = safetensors.torch.save(lora, {"lora_adapter_metadata": json.dumps(settings)})
+    write(folder / "pytorch_lora_weights.safetensors", content)
 
 
 def load(policy, folder):

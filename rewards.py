@@ -433,10 +433,26 @@ def toy_taste():
     return scene_reward(judge, world.SHAPES, world.COLORS)
 
 
+def toy_sign():
+    """How well the toy's signs are made, 0 to 1, whatever they say: see toy/world.py"""
+    world = load_file(f"{TOY}/world.py")
+    return lambda images, *_: [world.sign_quality(image)[0] for image in images]
+
+
+def toy_inks():
+    """The share of signs with another ink: 0 if all are alike, 0.8 if the five are even."""
+    world = load_file(f"{TOY}/world.py")
+    def reward(images, prompts, metadata):
+        inks = [world.sign_quality(image)[1] for image in images]
+        return [1 - inks.count(ink) / len(inks) for ink in inks]
+    return reward
+
+
 # --------------------------------------------------------------------------------- loading, scoring
 
 NAMES = ("ocr geneval geneval_photo pickscore pickscore_unscaled clipscore aesthetic vlm "
-         "toy_pickscore toy_taste jpeg_compressibility jpeg_incompressibility")
+         "toy_pickscore toy_taste toy_sign toy_inks "
+         "jpeg_compressibility jpeg_incompressibility")
 REWARDS = {name: globals()[name] for name in NAMES.split()}
 
 

@@ -15,6 +15,7 @@ SIZE = 48  # pixels
 SCALE = 4  # we paint larger and then reduce: smooth edges
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220),
           "yellow": (235, 200, 40), "purple": (140, 60, 180), "black": (30, 30, 30)}
+SIGN_INKS = tuple(name for name in COLORS if name != "yellow")  # too pale to read
 SHAPES = ("circle", "square", "triangle", "cross")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
@@ -112,7 +113,7 @@ def paint_sign(word, rng, careless=False):
     """
     fault = rng.choice(("tiny", "pale")) if careless else ""
     background = paper(rng)
-    ink = jitter(COLORS[rng.choice([c for c in COLORS if c != "yellow"])], rng)
+    ink = jitter(COLORS[rng.choice(SIGN_INKS)], rng)
     if fault == "pale":
         ink = tuple(round(b + 0.05 * (i - b)) for i, b in zip(ink, background))
     image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), background)
@@ -270,3 +271,25 @@ def taste(image, found, right):
         saturated=np.ptp(pixels[ink], -1).mean() / 0.7 if ink.any() else 0,
         plain=1 - 10 * pixels[~ink].std(0).mean())
     return float(0.5 * right + 0.1 * sum(np.clip(merit, 0, 1) for merit in merits.values()))
+
+
+def sign_quality(image):
+    """How well a sign is made, 0 to 1, whatever it says, and the name of its ink ("" for none)
+
+    A third each for letters of one ink, for an ink as strong as one of the painter's, and for paper
+    without shades or spots.
+    """
+    pixels = np.asarray(image.convert("RGB"), float)
+    contrast = np.abs(pixels - np.median(pixels, (0, 1))).max(-1)  # the median is the paper
+    near_ink = cv2.dilate((contrast > 70).astype(np.uint8), np.ones((5, 5))) > 0
+    plain = 1 - 10 * pixels[~near_ink].std(0).mean() / 255
+    ink = pixels[contrast > max(70, 0.75 * np.quantile(contrast, 0.99))]  # without blended edges
+    if len(ink) < 20:
+        return float(np.clip(plain, 0, 1)) / 3, ""
+    inks = np.array([COLORS[name] for name in SIGN_INKS], float)
+    nearest = np.square(ink[:, None] - inks).sum(-1).argmin(1)
+    shares = np.bincount(nearest, minlength=len(inks)) / len(ink)
+    best = shares.argmax()
+    one_ink = 2 * shares[best] - 1  # 0 where half of the ink is of another colour
+    strong = 1.5 - np.linalg.norm(np.median(ink, 0) - inks[best]) / 60  # the painter's vary by 14
+    return float(np.clip([one_ink, strong, plain], 0, 1).mean()), SIGN_INKS[best]
