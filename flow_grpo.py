@@ -691,7 +691,7 @@ class Config:
     resume: str = ""                   # a run's folder, to go on with its own options
     report_to: str = ""                # also log to tensorboard, wandb, trackio, swanlab, ...
     seed: int = 0                      # of everything random: same seed, same machine, same run
-    epochs: int = 16                   # an epoch: sample, score, update. 0 only evaluates
+    epochs: int = 8                    # an epoch: sample, score, update. 0 only evaluates
     eval_every: int = 4                # epochs between evaluations
     # sampling
     groups: int = 8                    # prompts an epoch; more: a gradient with less noise
@@ -699,16 +699,16 @@ class Config:
     train_steps: int = 10              # T of training: enough to tell good from bad
     eval_steps: int = 40               # T of the evaluation
     noise_level: float = 0.7           # a: too little explores nothing, too much spoils the images
-    window: int = 2                    # SDE steps, and only they are trained. 0: all but the last
-    latest_start: int = 3              # the window begins at a random step from 0 to this
-    same_noise: bool = False           # a group starts from one noise, and only the window differs
+    window: int = 1                    # SDE steps, and only they are trained. 0: all but the last
+    latest_start: int = 0              # the window begins at a random step from 0 to this
+    same_noise: bool = True            # a group starts from one noise, and only the window differs
     sde: str = "flow"                  # flow, the paper's, or cps, which leaves no noise in images
     guidance: float = 1.0              # classifier-free. 1 is off. FLUX: its distilled guidance
     # learning
     updates: int = 2                   # optimizer steps an epoch; clipping acts from the second on
-    learning_rate: float = 1.5e-3      # of AdamW
+    learning_rate: float = 2e-3        # of AdamW
     clip_range: float = 1e-3           # how far a ratio may leave 1
-    beta: float = 0.1                  # weight of the KL: more keeps quality and slows the reward
+    beta: float = 0.5                  # weight of the KL: more keeps quality and slows the reward
     std_over: str = "batch"            # whose std divides the advantages: batch or group
     lora_rank: int = 32                # size of what is trained
     lora_alpha: int = 64               # the LoRA's output is scaled by alpha / rank
@@ -724,14 +724,14 @@ class Config:
 # config/grpo.py. Its beta is 0.04 for GenEval and OCR; for PickScore it is 0.01.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
-    precision="bf16", epochs=1000, eval_every=30, groups=48, group_size=24, window=0, guidance=4.5,
-    learning_rate=3e-4, clip_range=1e-4, beta=0.04, ema_every=8, batch_size=8, eval_prompts=0,
-    eval_per_prompt=1)
+    precision="bf16", epochs=1000, eval_every=30, groups=48, group_size=24, window=0,
+    same_noise=False, guidance=4.5, learning_rate=3e-4, clip_range=1e-4, beta=0.04, ema_every=8,
+    batch_size=8, eval_prompts=0, eval_per_prompt=1)
 PRESETS = {
     "": {},
     # The toy: for OCR the defaults above; these two rewards take longer.
-    "geneval": dict(groups=16, epochs=32, eval_every=8, beta=0.1, window=2),
-    "toy_pickscore": dict(epochs=32, eval_every=8, beta=0.1, window=2),
+    "geneval": dict(groups=16, epochs=36, eval_every=12, window=2, learning_rate=1.5e-3, beta=0.1),
+    "toy_pickscore": dict(epochs=24, eval_every=8, window=2, learning_rate=1.5e-3),
     "sd3.5-medium": PAPER,
     "sd3.5-medium-24gb": PAPER | dict(  # the same algorithm with smaller epochs
         groups=12, batch_size=4, gradient_checkpointing=True, offload=True, eval_prompts=100),
@@ -773,7 +773,7 @@ def parse_config(argv=None):
                 raise ValueError("other options")
         config = Config(**preset | saved | given)
         check(config)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         stop(f"--resume {resume}: has no config.json of a run of this version ({error})")
     for name in saved.keys() - MAY_CHANGE:
         if getattr(config, name) != saved[name]:

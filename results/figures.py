@@ -76,12 +76,12 @@ def table(head, *lines):
 
 
 def fill(name, lines):
-    """Put a table between its marks in README.md"""
-    path = RESULTS / "README.md"
+    """Put a table between its marks in the two README.md"""
     marks = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    text = path.read_text(encoding="utf-8")
-    text = marks.sub(lambda mark: mark[1] + "\n".join(lines) + "\n" + mark[2], text)
-    path.write_text(text, encoding="utf-8")
+    for path in (RESULTS / "README.md", RESULTS.parent / "README.md"):
+        text = path.read_text(encoding="utf-8")
+        text = marks.sub(lambda mark: mark[1] + "\n".join(lines) + "\n" + mark[2], text)
+        path.write_text(text, encoding="utf-8")
 
 
 def save(figure, name):
@@ -266,6 +266,22 @@ def ocr():
     })
 
 
+def overview():
+    """The three rows of the first page"""
+    lines = []
+    for task, key, title, option, paper in (
+            ("ocr", "eval_accuracy", "text: whole words", "ocr", "0.59 -> 0.92 (mean reward)"),
+            ("geneval", "eval_accuracy", "composition: GenEval", "geneval", "0.63 -> 0.95"),
+            ("pickscore", "eval_reward", "preference: a toy PickScore, / 26", "toy_pickscore",
+             "0.835 -> 0.897")):
+        rows = found(f"{task}/default")[f"{task}/default"]
+        before = np.mean([row["curves"][key][0] for row in rows])
+        lines.append([label(title, rows), f"`--reward {option}`", f"{before:.3f}",
+                      spread(values(rows, key)), len(rows), paper])
+    return table(["held-out prompts", "command", "before", "after: mean (worst to best)", "seeds",
+                  "the paper, SD3.5-Medium"], *lines)
+
+
 TASKS = dict(single_object="single", two_object="two", counting="counting", colors="colours",
              position="position", color_attr="attribution")
 PAPER_GENEVAL = (("SD3.5-Medium in the paper", "0.63 0.98 0.78 0.50 0.81 0.24 0.52"),
@@ -332,7 +348,8 @@ def hacking():
 
 def kl():
     """Each task with the KL and without"""
-    keys, lines = ("eval_reward", "eval_reward/toy_taste", "eval_diversity"), []
+    keys, lines = ("eval_reward", "eval_diversity", "eval_reward/toy_taste",
+                   "eval_reward/toy_sign", "eval_reward/toy_inks"), []
     for task, with_kl, without in (
             ("text", "ocr/default", "ocr/beta0"), ("scenes", "geneval/default", "geneval/beta0"),
             ("preference", "pickscore/default", "pickscore/beta0"),
@@ -342,8 +359,8 @@ def kl():
             moved = np.mean([row["curves"]["kl"][-4:] for row in rows])
             lines.append([label(task, rows), "no" if name == without else "yes", len(rows),
                           *(spread(values(rows, key)) for key in keys), f"{moved:.1e}"])
-    return table(["trained on", "KL", "seeds", "its reward", "held out: toy_taste", "diversity",
-                  "KL at the end"], *lines)
+    return table(["trained on", "KL", "seeds", "its reward", "diversity", "toy_taste", "toy_sign",
+                  "toy_inks", "KL at the end"], *lines)
 
 
 def times():
@@ -365,14 +382,14 @@ ABLATIONS = {
         "window0": "all but the last", "window1": "1", "default": "2, the default", "window3": "3",
         "cps": "2, CPS"}),
     "places": ("Where the noisy steps begin", {
-        "start0-0": "at 0", "default": "the default", "start0-3": "0 to 3", "start2-3": "2 to 3"}),
+        "default": "at 0, the default", "start0-1": "0 or 1", "start0-3": "0 to 3"}),
     "noise": ("Noise level", {
         "noise0.1": "0.1", "noise0.4": "0.4", "default": "0.7, the default", "noise1.0": "1.0"}),
     "groups": ("Groups x images of each", {
         "groups4x32": "4 x 32", "groups5x24": "5 x 24", "default": "8 x 16, the default",
         "groups11x12": "11 x 12", "groups21x6": "21 x 6"}),
     "seeds": ("First noise in a group", {
-        "default": "the default", "different-noise": "different", "same-noise": "the same"}),
+        "default": "the same, the default", "different-noise": "different"}),
     "learning": ("Learning", {
         "default": "the defaults", "clip1e-4": "clip range 1e-4", "clip3e-4": "clip range 3e-4",
         "clip1e-3": "clip range 1e-3", "updates1": "1 update", "updates4": "4 updates",
@@ -457,8 +474,8 @@ def hacked():
 
 
 def main(chosen):
-    functions = (marginals, paths, noise_decides, ocr, geneval, generalisation, pickscore, curves,
-                 hacking, kl, times, ablations, pictures, hacked)
+    functions = (marginals, paths, noise_decides, overview, ocr, geneval, generalisation,
+                 pickscore, curves, hacking, kl, times, ablations, pictures, hacked)
     jobs = {name: functools.partial(ablation, name) for name in ABLATIONS}
     jobs |= {function.__name__: function for function in functions}
     for name in chosen or jobs:
