@@ -379,8 +379,8 @@ ABLATIONS = {
     "denoising": ("Steps while training", {
         "T40": "T = 40", "default": "T = 10, the default", "T5": "T = 5"}),
     "windows": ("Noisy steps", {
-        "window0": "all but the last", "window1": "1", "default": "2, the default", "window3": "3",
-        "cps": "2, CPS"}),
+        "default": "1, the default", "window2": "2", "window3": "3", "window0": "all but the last",
+        "cps": "1, CPS"}),
     "places": ("Where the noisy steps begin", {
         "default": "at 0, the default", "start0-1": "0 or 1", "start0-3": "0 to 3"}),
     "noise": ("Noise level", {
@@ -391,8 +391,8 @@ ABLATIONS = {
     "seeds": ("First noise in a group", {
         "default": "the same, the default", "different-noise": "different"}),
     "learning": ("Learning", {
-        "default": "the defaults", "clip1e-4": "clip range 1e-4", "clip3e-4": "clip range 3e-4",
-        "clip1e-3": "clip range 1e-3", "updates1": "1 update", "updates4": "4 updates",
+        "default": "the defaults", "clip5e-4": "clip range 5e-4", "clip3e-4": "clip range 3e-4",
+        "clip1e-4": "clip range 1e-4", "updates1": "1 update", "updates4": "4 updates",
         "std-group": "std of the group"}),
 }
 
