@@ -972,10 +972,12 @@ def summary(terms, clip_range):
     policy_loss, kl, ratio = gather(terms).unbind(1)
     moved = ratio - 1
     return dict(
-        policy_loss=policy_loss.mean(), kl=kl.mean(), ratio=ratio.mean(),
-        ratio_deviation=moved.abs().max(),
-        clip_low=(moved < -clip_range).float().mean(),
-        clip_high=(moved > clip_range).float().mean())
+        policy_loss=policy_loss.mean(),  # is near 0 and says little: the gradient is what counts
+        kl=kl.mean(),  # how far the policy is from the base model
+        ratio=ratio.mean(),
+        ratio_deviation=moved.abs().max(),  # 0 in the first update; what is seen comes later
+        clip_low=(moved < -clip_range).float().mean(),  # shares of all ratios, so with two updates
+        clip_high=(moved > clip_range).float().mean())  # at most half
 
 
 def score(reward, images, prompts, metadata):
