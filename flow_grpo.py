@@ -731,7 +731,7 @@ PRESETS = {
     "": {},
     # The toy: for OCR the defaults above; these two rewards take longer.
     "geneval": dict(groups=16, epochs=36, eval_every=12, window=2, learning_rate=1.5e-3, beta=0.1),
-    "toy_pickscore": dict(epochs=24, eval_every=8, window=2, learning_rate=1.5e-3),
+    "toy_pickscore": dict(epochs=16, eval_every=8, window=2, learning_rate=1.5e-3, beta=0.1),
     "sd3.5-medium": PAPER,
     "sd3.5-medium-24gb": PAPER | dict(  # the same algorithm with smaller epochs
         groups=12, batch_size=4, gradient_checkpointing=True, offload=True, eval_prompts=100),
