@@ -1,792 +1,695 @@
-"""Tests of flow_grpo.py and rewards.py: no GPU, no downloads.  pytest test_flow_grpo.py
+"""The specification of flow_grpo.py and rewards.py. No GPU, no downloads: pytest test_flow_grpo.py
 
-First the mathematics against independent references, then the real model, the rewards, the command line, and runs
-that are killed. The model is the embedded toy, so these are the lines that SD3.5 runs through.
+In the order of flow_grpo.py: the mathematics against independent references, rollout and update,
+what is measured, diffusers' models, rewards, options, and whole runs, also killed ones. The network
+is the embedded toy, and so its lines are the lines that an SD3.5 run goes through.
 """
+import io
 import json
+import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import flow_grpo
 import rewards
-from flow_grpo import Config, clipped_loss, gaussian_kl, group_advantages, sde_mean, sde_noise, sde_step
+from flow_grpo import Config, load_policy, sde_mean, sde_step, sde_steps
 
+torch.set_num_threads(1)  # for tensors as small as here, more threads only wait for each other
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "toy"))
-
-# Computed with the official functions (sd3_sde_with_logprob.py, stat_tracking.py) at noise level 0.7 on SD3.5's own
-# grid of 10 steps. x, v, noise: two samples of shape [2, 2, 2], flat.
-GOLDEN = dict(
-    t=[1, 0.960129, 0.913349, 0.857692, 0.790368, 0.707278, 0.602151, 0.464876, 0.278049, 0.00892857, 0],
-    x=[-2.31041, -0.373251, -1.06082, 0.999509, -0.884025, -1.27555, -0.623225, -0.866442, -1.29563, 1.52363,
-        0.323661, 2.01773, 1.13574, -1.22688, 0.0713885, 0.338017],
-    v=[0.153519, -0.633275, -1.26092, -0.726951, -0.0199648, 0.2103, 0.177189, -0.83051, 1.01119, -0.242679,
-        -0.773011, -1.59518, -0.687004, 1.48807, -0.448416, -0.891003],
-    v_ref=[0.144345, -0.577642, -1.26187, -0.84872, -0.146511, 0.0983464, 0.293838, -0.737887, 1.07658, -0.227858,
-        -0.887622, -1.4079, -0.717995, 1.51209, -0.583292, -0.866563],
-    noise=[-3.1453, -0.113731, 1.6962, -0.665203, -0.587223, 2.8321, 0.903997, 0.947837, -1.38094, -2.05475,
-        0.0475766, -0.385569, -0.275035, 0.88659, 1.48574, -0.00785562],
-    steps={  # step: mean, x_next, log_prob, sigma, KL averaged over the batch
-        0: ([-1.75048, -0.256555, -0.750643, 0.783614, -0.666643, -0.971423, -0.477599, -0.62105, -1.01852,
-            1.16002, 0.275184, 1.58698, 0.884877, -0.985626, 0.0717769, 0.290728], [-3.95219, -0.336167,
-            0.436699, 0.317971, -1.0777, 1.01105, 0.155199, 0.042435, -1.98517, -0.278308, 0.308488, 1.31709,
-            0.692352, -0.365013, 1.1118, 0.285229], [-2.01893, -1.14658], 3.505671, 5.730676e-07),
-        4: ([-2.10193, -0.271495, -0.827364, 0.977649, -0.796113, -1.17344, -0.581034, -0.696389, -1.27442,
-            1.40078, 0.372196, 1.9868, 1.09652, -1.26168, 0.110843, 0.397364], [-3.33424, -0.316054,
-            -0.162802, 0.717026, -1.02618, -0.0638335, -0.226853, -0.325032, -1.81546, 0.595739, 0.390836,
-            1.83574, 0.988763, -0.914317, 0.692948, 0.394287], [-1.43859, -0.566238], 1.359203, 2.566295e-05),
-        8: ([-2.15084, -0.126981, -0.541456, 1.15179, -0.796599, -1.22952, -0.625675, -0.509045, -1.5161,
-            1.46579, 0.553102, 2.36792, 1.2622, -1.61342, 0.215112, 0.605682], [-2.85967, -0.152611,
-            -0.159199, 1.00188, -0.928936, -0.591271, -0.421949, -0.29544, -1.82731, 1.00273, 0.563824,
-            2.28103, 1.20022, -1.41362, 0.54994, 0.603911], [-0.885552, -0.0132025], 0.4344148, 0.002635496),
-    },
-    cps={  # step: mean, x_next, sigma, KL averaged over the batch; noise level 0.8
-        0: ([-0.783729, -0.100375, -0.306762, 0.365386, -0.296738, -0.437692, -0.216821, -0.258503, -0.476382, 0.52248,
-            0.139754, 0.742701, 0.409645, -0.472258, 0.0419056, 0.14929], [-3.65582, -0.204227, 1.2421, -0.242036,
-            -0.832952, 2.14841, 0.608652, 0.607002, -1.73737, -1.35379, 0.183198, 0.390624, 0.1585, 0.33732, 1.39859,
-            0.142117], 0.913137, 8.44647e-06),
-        4: ([-1.20976, -0.0733386, -0.308425, 0.645911, -0.448282, -0.691184, -0.35152, -0.288903, -0.850048, 0.824033,
-            0.308907, 1.3276, 0.708152, -0.903381, 0.119699, 0.33814], [-3.32548, -0.149841, 0.832546, 0.198454,
-            -0.843284, 1.21386, 0.256565, 0.34867, -1.77895, -0.558119, 0.34091, 1.06824, 0.523147, -0.307006, 1.1191,
-            0.332855], 0.672662, 0.000337073),
-        8: ([-2.33816, -0.1977, -0.709315, 1.19222, -0.873109, -1.32521, -0.667854, -0.63389, -1.56427, 1.58062, 0.53314,
-            2.44168, 1.31668, -1.62641, 0.193623, 0.579687], [-2.36486, -0.198666, -0.694912, 1.18657, -0.878096, -1.30116,
-            -0.660178, -0.625841, -1.576, 1.56317, 0.533544, 2.4384, 1.31435, -1.61888, 0.206239, 0.579621],
-            0.00849158, 4.59848),
-    },
-    rewards=[0.1, 0.4, 0.9, 0.3, 1, 1, 1, 1, 0, 0, 1, 0.5], advantages=dict(batch=[-0.795889, -0.0612222, 1.16322,
-        -0.306111, 0, 0, 0, 0, -0.918334, -0.918334, 1.53056, 0.306111], group=[-1.10227, -0.0847901, 1.61101,
-        -0.423951, 0, 0, 0, 0, -0.904316, -0.904316, 1.50719, 0.301439]),
-)
-
-def golden(key):
-    return torch.tensor(GOLDEN[key]).view(2, 2, 2, 2)
-
-
-def step_args(i, t, noise_level=0.7, batch=2, sde="flow"):
-    sigma = sde_noise(t, noise_level, sde)
-    return t[i].expand(batch), t.diff()[i].expand(batch), sigma[i].expand(batch)
+GOLDEN = json.loads((HERE / "toy/golden.json").read_text())
+tiny = rewards.load_file(HERE / "toy/tiny.py")
 
 
 def close(a, b, tolerance=2e-5):
-    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b).to(torch.as_tensor(a).dtype), rtol=tolerance,
-                               atol=tolerance)
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    torch.testing.assert_close(a, b.to(a.dtype), rtol=tolerance, atol=tolerance)
 
 
-# ------------------------------------------------------------------------------------------------- mathematics
+# --------------------------------------------------------------------------------- the mathematics
+
+OFFICIAL = GOLDEN["official"]
+X, V, V_REF, NOISE = (torch.tensor(OFFICIAL[key]).view(2, 2, 2, 2)
+                      for key in ("x", "v", "v_ref", "noise"))
 
 
-@pytest.mark.parametrize("i", [0, 4, 8])  # 0: t = 1, where sigma_t needs the second grid point
-def test_sde_step_gives_the_official_numbers(i):
-    t, (mean, x_next, log_prob, sigma, kl) = torch.tensor(GOLDEN["t"]), GOLDEN["steps"][i]
-    now, dt, s = step_args(i, t)
-    got = sde_step(golden("x"), golden("v"), now, dt, s, noise=golden("noise"))
-    close(got[0].flatten(), x_next)
-    close(got[1], log_prob)
-    close(got[2].flatten(), mean)
-    close(s[0], sigma)
-    mean_ref = sde_mean(golden("x"), golden("v_ref"), now, dt, s)
-    close(gaussian_kl(got[2], mean_ref, s).mean() / kl, 1.0, 1e-3)
-    # Rescoring the sample gives its own log-probability, bit for bit.
-    again = sde_step(golden("x"), golden("v"), now, dt, s, x_next=got[0])
-    assert torch.equal(again[1], got[1]) and torch.equal(again[0], got[0])
+@pytest.mark.parametrize("i", [0, 4, 8])  # 0: t = 1, where sigma needs the second time
+@pytest.mark.parametrize("sde, noise_level", [("flow", 0.7), ("cps", 0.8)])
+def test_a_step_gives_the_official_numbers(sde, noise_level, i):
+    expected = OFFICIAL[sde][str(i)]
+    step = sde_steps(torch.tensor(OFFICIAL["times"]), noise_level, sde).at(i)
+    x_next, log_prob, mean = sde_step(X, V, step, noise=NOISE)
+    close(x_next.flatten(), expected["x_next"])
+    close(mean.flatten(), expected["mean"])
+    close(step.kl_std.item(), expected["kl_std"])
+    if sde == "flow":  # CPS's official log-probability has no variance in it: see the next test
+        close(log_prob, expected["log_prob"])
+    kl = flow_grpo.gaussian_kl(mean, sde_mean(X, V_REF, step), step.kl_std)
+    close(kl.mean() / expected["kl"], 1.0, 1e-3)
 
 
-@pytest.mark.parametrize("i", [0, 4, 8])
-def test_cps_gives_the_official_numbers(i):
-    t, (mean, x_next, sigma, kl) = torch.tensor(GOLDEN["t"]), GOLDEN["cps"][i]
-    now, dt, s = step_args(i, t, 0.8, sde="cps")
-    got = sde_step(golden("x"), golden("v"), now, dt, s, "cps", noise=golden("noise"))
-    close(got[0].flatten(), x_next)
-    close(got[2].flatten(), mean)
-    close(s[0], sigma)
-    # Not the official log-probability, which has no variance in it: the density's own.
-    close(got[1][0], torch.distributions.Normal(got[2][0], s[0]).log_prob(got[0][0]).mean())
-    close(gaussian_kl(got[2], sde_mean(golden("x"), golden("v_ref"), now, dt, s, "cps"), s).mean() / kl, 1.0, 1e-3)
-
-
-@pytest.mark.parametrize("std_over", ["batch", "group"])
-def test_advantages_are_the_official_numbers(std_over):
-    got = group_advantages(torch.tensor(GOLDEN["rewards"]).view(3, 4), std_over)
-    close(got.flatten(), GOLDEN["advantages"][std_over])
-
-
-@pytest.mark.parametrize("std_over", ["batch", "group"])
-def test_equal_rewards_give_exactly_zero(std_over):
-    for value in (0.0, 0.1, 1 / 3, 0.7, 1e6):
-        for size in (7, 24):
-            for dtype in (torch.float32, torch.float64):
-                equal = torch.full((3, size), value, dtype=dtype)
-                assert torch.equal(group_advantages(equal, std_over), torch.zeros(3, size))
-    mixed = torch.tensor([[0.1] * 7, [0.0, 1.0, 0.5, 0.1, 0.2, 0.3, 0.4]])
-    assert (group_advantages(mixed, std_over)[0] == 0).all() and (group_advantages(mixed, std_over)[1] != 0).any()
-
-
-def test_advantages_are_clamped():
-    assert group_advantages(torch.tensor([[0.0] * 99 + [1e9]]), "group").max() == 5
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 5, 5), (3, 1024, 64)])  # images, and the packed latents of other models
-def test_log_prob_is_the_mean_gaussian_log_density(shape):
+@pytest.mark.parametrize("sde", ["flow", "cps"])
+def test_log_prob_and_kl_are_those_of_the_gaussian_that_was_drawn_from(sde):
+    """Their means over the dimensions, for each image its own"""
     torch.manual_seed(0)
-    x, v, noise = torch.randn(3, *shape)
-    t, dt, s = torch.tensor([0.9, 0.5, 0.2]), torch.tensor([-0.1, -0.2, -0.05]), torch.tensor([0.8, 0.7, 0.3])
-    x_next, log_prob, mean = sde_step(x, v, t, dt, s, noise=noise)
-    for i in range(3):
-        normal = torch.distributions.Normal(mean[i], s[i] * (-dt[i]) ** 0.5)
-        close(log_prob[i], normal.log_prob(x_next[i]).mean())
-        close((x_next[i] - mean[i]) / normal.scale, noise[i])
-    moved = mean + torch.tensor([0.1, 0.2, 0.0]).view(-1, *[1] * len(shape))  # each sample has its own KL
-    close(gaussian_kl(mean, moved, s), torch.tensor([0.01, 0.04, 0.0]) / (2 * s**2))
+    x, v, noise = torch.randn(3, 3, 4, 5, 5)
+    step = sde_steps(torch.linspace(1, 0, 11), 0.7, sde).at(torch.tensor([0, 3, 8]))
+    x_next, log_prob, mean = sde_step(x, v, step, noise=noise)
+    close(x_next, mean + step.std * noise)
+    gaussian = torch.distributions.Normal(mean, step.std)
+    close(log_prob, gaussian.log_prob(x_next).mean((1, 2, 3)))
+    again, log_prob_again, _ = sde_step(x, v, step, x_next=x_next)
+    assert torch.equal(again, x_next) and torch.equal(log_prob_again, log_prob)  # bit for bit
+    moved = torch.distributions.Normal(mean + torch.randn(3, 1, 1, 1), step.std)
+    kl = torch.distributions.kl_divergence(gaussian, moved)
+    close(flow_grpo.gaussian_kl(mean, moved.mean, step.std), kl.mean((1, 2, 3)))
+
+
+def test_the_mean_is_that_of_equation_9():
+    torch.manual_seed(0)
+    x, v = torch.randn(2, 9, 4, 3, 3)
+    step = sde_steps(torch.linspace(1, 0, 11), 0.7).at(torch.arange(9))
+    t, dt, sigma = step.t, step.s - step.t, step.kl_std
+    close(sde_mean(x, v, step), x + (v + sigma**2 / (2 * t) * (x + (1 - t) * v)) * dt)
+    close(step.std, sigma * (-dt).sqrt())
 
 
 @pytest.mark.parametrize("sde", ["flow", "cps"])
 def test_without_noise_a_step_is_the_euler_step(sde):
-    x, v, noise = torch.randn(3, 2, 4, 4, 4)
-    t, dt = torch.tensor([0.9, 0.5]), torch.tensor([-0.1, -0.2])
-    assert (sde_noise(torch.tensor([1.0, 0.9, 0.5, 0.0]), 0.0, sde) == 0).all()
-    x_next, _, mean = sde_step(x, v, t, dt, torch.zeros(2), sde, noise=noise)
-    close(x_next, x + v * dt.view(2, 1, 1, 1), 1e-6)
+    times = torch.tensor([1.0, 0.9, 0.5, 0.0])
+    steps = sde_steps(times, 0.0, sde)
+    for i in range(3):
+        x_next, _, _ = sde_step(X, V, steps.at(i), noise=NOISE)
+        close(x_next, X + V * (times[i + 1] - times[i]), 1e-6)
 
 
-def test_cps_keeps_data_and_noise_in_proportion_however_large_the_step():
-    """From x_t = (1-t) data + t noise to exactly (1-t') data + t' new noise; a step of the SDE ends with too much."""
-    torch.manual_seed(0)
-    data, noise, fresh_noise = torch.ones(1, 200_000), *torch.randn(2, 1, 200_000)
-    t, dt = torch.tensor([0.9]), torch.tensor([-0.4])
-    step = {sde: sde_step(0.1 * data + 0.9 * noise, noise - data, t, dt, sde_noise(torch.tensor([0.9, 0.5]), 0.7, sde), sde,
-                          noise=fresh_noise)[0] for sde in ("flow", "cps")}
-    assert abs(step["cps"].mean() - 0.5) < 0.005 and abs(step["cps"].std() - 0.5) < 0.005
-    assert step["flow"].std() > 0.6
+def worst_marginal(wrong=lambda step: step):
+    """How far samples get from the ODE's marginals, at any time, in units of the tolerance
 
-
-def test_guard_centres_the_ratio():
-    """The plain ratio's logarithm is negative on average, GRPO-Guard's is 0; each sample has its own."""
-    torch.manual_seed(0)
-    mean_old = torch.randn(2000, 64)
-    mean, std = mean_old + 0.2 * torch.randn(2000, 64), torch.full((2000,), 0.3)
-    x_next = mean_old + 0.3 * torch.randn(2000, 64)
-    log_prob = lambda m: torch.distributions.Normal(m, 0.3).log_prob(x_next).mean(1)
-    plain = log_prob(mean) - log_prob(mean_old)
-    guarded = flow_grpo.guarded(plain, mean, mean_old, std)
-    assert abs(guarded.mean()) < 4 * guarded.std() / 2000**0.5
-    assert plain.mean() < -20 * plain.std() / 2000**0.5
-    moved = mean.clone()
-    moved[0] += 1
-    assert torch.equal(flow_grpo.guarded(plain, moved, mean_old, std)[1:], guarded[1:])  # flow_grpo issue 244
-
-
-def test_the_drift_contains_the_score():
-    """-(x + (1-t) v) / t is the score of x_t: for one data point x0 it is -noise / t."""
-    x0, noise, t = torch.randn(2, 3, 8), torch.randn(2, 3, 8), 0.6
-    x, v = (1 - t) * x0 + t * noise, noise - x0
-    dt, s = torch.tensor([-0.01]).expand(2), torch.tensor([0.7]).expand(2)
-    mean = sde_mean(x, v, torch.tensor([t]).expand(2), dt, s)
-    score = ((x + v * -0.01) - mean) / (0.7**2 / 2 * -0.01)  # what is left of the drift without v
-    close(score, -noise / t, 1e-3)
-
-
-def simulate(step, t, m, s, samples):
-    """Samples of N(m, s^2) data pushed from t[0] down to t[-1] with the exact velocity; yields (t, x)."""
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(samples, 1, generator=generator)
-    std = lambda t: ((1 - t) ** 2 * s**2 + t**2) ** 0.5
-    x = (1 - t[0]) * m + std(t[0]) * draw()
-    sigma = sde_noise(t, 0.7)
-    for i, dt in enumerate(t.diff()):
-        slope = (t[i] - (1 - t[i]) * s**2) / std(t[i]) ** 2
-        v = -m + slope * (x - (1 - t[i]) * m)  # E[noise - x0 | x_t]
-        x = step(x, v, *(a.expand(samples) for a in (t[i], dt, sigma[i])), draw())
-        yield t[i + 1], x, (1 - t[i + 1]) * m, std(t[i + 1])
+    The data are N(1.5, 0.5^2), for which the velocity is known. Tolerance of mean and std: five
+    standard errors of 40,000 samples, and 0.01 for the discretisation. The grid begins at 0.95: at
+    t = 1 sigma is the grid's own choice, not the SDE's.
+    """
+    generator, n, worst = torch.Generator().manual_seed(0), 40_000, 0
+    normal = lambda: torch.randn(n, 1, 1, 1, generator=generator)
+    mean_at = lambda t: (1 - t) * 1.5
+    std_at = lambda t: ((1 - t) ** 2 * 0.5**2 + t**2) ** 0.5
+    steps = sde_steps(torch.linspace(0.95, 0, 201), 0.7)
+    x = mean_at(0.95) + std_at(0.95) * normal()
+    for i in range(200):
+        step = wrong(steps.at(i))
+        t, s = step.t.item(), step.s.item()
+        slope = (t - (1 - t) * 0.5**2) / std_at(t) ** 2
+        v = -1.5 + slope * (x - mean_at(t))  # the expectation of noise - data, given x
+        x, _, _ = sde_step(x, v, step, noise=normal())
+        off_mean = abs(x.mean().item() - mean_at(s)) / (5 * std_at(s) / n**0.5 + 0.01)
+        off_std = abs(x.std().item() / std_at(s) - 1) / (5 / (2 * n) ** 0.5 + 0.01)
+        worst = max(worst, off_mean, off_std)
+    return worst
 
 
 def test_the_sde_keeps_the_marginals_of_the_ode_at_every_time():
-    """The claim of section 4.2. Gaussian data, for which the velocity is known: mean and std of 40,000 samples agree
-    with the ODE's exact marginal at each of 200 grid times. Tolerance: 5 standard errors (0.025 for the mean, 0.018
-    relative for the std) and 0.01 for the discretisation. The grid begins at t = 0.95: at t = 1 sigma_t is the
-    grid's own choice, not the SDE's.
+    """The claim of section 4.2. What must fail: fresh noise for which no old noise goes, or half of
+    what should, and a drift of the wrong sign.
     """
-    t, n = torch.linspace(0.95, 0, 201), 40_000
-    worst = lambda step: max(max(abs(x.mean() - m).item() / (5 * s.item() / n**0.5 + 0.01),
-                                 abs(x.std() / s - 1).item() / (5 / (2 * n) ** 0.5 + 0.01))
-                             for _, x, m, s in simulate(step, t, m=1.5, s=0.5, samples=n))
-    assert worst(lambda x, v, t, dt, s, noise: sde_step(x, v, t, dt, s, noise=noise)[0]) < 1
-    # What must fail: noise without the drift that balances it, and that drift with a wrong sign or half its size.
-    without = lambda x, v, t, dt, s, noise: x + v * dt[:, None] + (s * (-dt) ** 0.5)[:, None] * noise
-    assert worst(without) > 2
-    for factor in (-1, 0.5):
-        wrong = lambda x, v, t, dt, s, noise: without(x, v, t, dt, s, noise) + factor * (
-            sde_mean(x, v, t, dt, s) - x - v * dt[:, None])
-        assert worst(wrong) > 2
+    assert worst_marginal() < 1
+    assert worst_marginal(lambda step: step._replace(keep=step.s)) > 2
+    assert worst_marginal(lambda step: step._replace(keep=(step.keep + step.s) / 2)) > 2
+    assert worst_marginal(lambda step: step._replace(keep=2 * step.s - step.keep)) > 2
 
 
-def test_clipping_stops_the_gradient_on_its_side_only():
-    for advantage, moved, grows in ((1.0, 0.1, False), (1.0, -0.1, True), (-1.0, -0.1, False), (-1.0, 0.1, True)):
-        log_prob = torch.tensor([moved], requires_grad=True)
-        loss, ratio = clipped_loss(log_prob, torch.tensor([advantage]), 0.05)
-        loss.sum().backward()
-        assert bool(log_prob.grad.abs() > 0) == grows
-        close(ratio, np.exp([moved]))
-        assert loss.item() == pytest.approx(-min(ratio.item() * advantage, ratio.clamp(0.95, 1.05).item() * advantage))
+@pytest.mark.parametrize("sde, std", [("cps", 0.5), ("flow", 1.416)])
+def test_cps_keeps_data_and_noise_in_proportion_however_large_the_step(sde, std):
+    """From (1-t) data + t noise to (1-s) data + s noise. The flow SDE ends with too much noise."""
+    torch.manual_seed(0)
+    noise, fresh_noise = torch.randn(2, 1, 1, 1, 200_000)
+    step = sde_steps(torch.tensor([0.9, 0.5]), 0.7, sde).at(0)
+    x_next, _, _ = sde_step(0.1 + 0.9 * noise, noise - 1, step, noise=fresh_noise)  # all data: 1
+    assert abs(x_next.mean() - 0.5) < 0.01 and abs(x_next.std() - std) < 0.01
 
 
-# ------------------------------------------------------------------------------------------------------- model
+@pytest.mark.parametrize("std_over", ["batch", "group"])
+def test_advantages_are_the_official_numbers(std_over):
+    got = flow_grpo.group_advantages(torch.tensor(OFFICIAL["rewards"]).view(3, 4), std_over)
+    close(got.flatten(), OFFICIAL["advantages"][std_over])
+    assert flow_grpo.group_advantages(torch.tensor([[0.0] * 99 + [1e9]]), std_over).max() == 5
+    for value in (0.1, 1 / 3, 0.7, 1e6):  # equal rewards give exactly 0
+        for dtype in (torch.float32, torch.float64):
+            scores = torch.full((2, 7), value, dtype=dtype)
+            scores[1, 0] = 0
+            equal, different = flow_grpo.group_advantages(scores, std_over)
+            assert (equal == 0).all() and (different != 0).all()
+
+
+@pytest.mark.parametrize("advantage, ratio, has_gradient", [
+    (1, 1.1, False), (1, 0.9, True), (-1, 0.9, False), (-1, 1.1, True), (1, 1.02, True)])
+def test_clipping_stops_the_gradient_on_its_side_only(advantage, ratio, has_gradient):
+    r = torch.tensor([ratio], requires_grad=True)
+    loss = flow_grpo.clipped_loss(r, torch.tensor([advantage]), 0.05)
+    loss.sum().backward()
+    assert r.grad.item() == (-advantage if has_gradient else 0)
+    clipped = min(max(ratio, 0.95), 1.05)
+    assert loss.item() == pytest.approx(-min(ratio * advantage, clipped * advantage))
+
+
+# ------------------------------------------------------------------------------ rollout and update
 
 
 def small(**options):
-    return Config(**{**dict(groups=2, group_size=4, batch_size=8, beta=0.0, eval_prompts=2, eval_steps=4, train_steps=6, window=2,
-                            guidance=2.0, dataset=str(HERE / "toy/ocr")), **options})
+    defaults = dict(
+        groups=2, group_size=4, batch_size=8, train_steps=6, window=2, latest_start=3, guidance=2.0,
+        same_noise=False, updates=2, beta=0.0, learning_rate=1.5e-3, clip_range=1e-3,
+        eval_prompts=2, eval_steps=4)
+    return Config(**defaults | options)
 
 
 @pytest.fixture(scope="module")
 def fresh():
-    """A function: config -> the model as load_model gives it (loaded once for each precision)."""
-    models = {}
+    """A function: config -> the toy's Policy as load_policy gives it, loaded once a precision"""
+    loaded = {}
 
     def reset(config):
-        if config.precision not in models:
-            model = flow_grpo.load_model(config)
-            models[config.precision] = model, [p.detach().clone() for p in model.params]
-        model, start = models[config.precision]
-        for p, value in zip(model.params, start):
-            p.data = value.clone()
-        model.optimizer.state.clear()
-        model.optimizer.zero_grad()
-        model.ema, model.updates_done = [value.clone() for value in start], 0
-        return model
+        if config.precision not in loaded:
+            policy = load_policy(config)
+            loaded[config.precision] = policy, [p.detach().clone() for p in policy.params]
+        policy, start = loaded[config.precision]
+        policy.config, policy.updates_done = config, 0
+        for p, average, value in zip(policy.params, policy.average, start):
+            p.data, p.grad = value.clone(), None
+            average.copy_(value)
+        policy.optimizer.state.clear()
+        return policy
     return reset
 
 
-def perturb(model, size=0.02):
+def perturb(policy, size=0.02):
     torch.manual_seed(1)
-    with torch.no_grad():
-        for p in model.params:
-            p += size * torch.randn_like(p)
+    for p in policy.params:
+        p.data += size * torch.randn_like(p)
+    return policy
 
 
-def draw(model, config, sde_steps=range(1, 3), prompts=("CAT", "DOG"), seed=0):
-    prompts = [f'a sign that says "{w}"' for w in prompts for _ in range(config.group_size)]
-    return flow_grpo.rollout(model, config, prompts, range(seed, seed + len(prompts)), config.train_steps, sde_steps)
+def weights(policy):
+    return torch.cat([p.detach().flatten() for p in policy.params])
 
 
-def spread_advantages(n):
-    return torch.linspace(-1, 1, n)
+def gradient(policy):
+    """Of all that is trained, in one row, and then none is left"""
+    row = torch.cat([p.grad.flatten() for p in policy.params])
+    policy.optimizer.zero_grad()
+    return row
 
 
-def learn(model, config, batch, advantages=None):
-    advantages = spread_advantages(len(batch.images)) if advantages is None else advantages
-    return flow_grpo.update(model, config, batch, advantages, random.Random(0))
+def draw(policy, config, window=range(1, 3)):
+    words = [word for word in ("CAT", "DOG") for _ in range(config.group_size)]
+    prompts = [f'a sign that says "{word}"' for word in words]
+    return flow_grpo.rollout(policy, config, prompts, [*range(8)], config.train_steps, window)
+
+
+def learn(policy, config, drawn, advantages=torch.linspace(-1, 1, 8)):
+    return flow_grpo.update(policy, config, drawn, advantages, random.Random(0))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_ratio_is_1_before_the_first_update(fresh, guidance, precision):
     config = small(updates=1, guidance=guidance, precision=precision)
-    model = fresh(config)
-    perturb(model)
-    metrics = learn(model, config, draw(model, config))
-    assert metrics["ratio_deviation"] < 1e-5
+    policy = perturb(fresh(config))
+    assert learn(policy, config, draw(policy, config))["ratio_deviation"] < 1e-5
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda batch, config: batch.log_prob.add_(0.1),
-    lambda batch, config: batch.latents.mul_(1.05),  # as when sampling stored them in another precision
-    lambda batch, config: batch.t.mul_(0.98),
-    lambda batch, config: setattr(config, "guidance", 3.0),
-    lambda batch, config: batch.sigma.mul_(1.1),
-    lambda batch, config: (setattr(config, "clip_range", 1e-4), batch.log_prob.add_(6e-5)),  # little, but half of the clip range
-], ids=["log_prob", "latents", "t", "guidance", "sigma", "clip_range"])
+    lambda drawn, config: drawn.log_prob.add_(0.1),
+    lambda drawn, config: drawn.latents.mul_(1.05),  # as if stored in another precision
+    lambda drawn, config: drawn.steps.t.mul_(0.98),
+    lambda drawn, config: drawn.steps.keep.mul_(1.02),
+    lambda drawn, config: drawn.steps.std.mul_(1.1),
+    lambda drawn, config: setattr(config, "guidance", 3.0),
+    lambda drawn, config: (setattr(config, "clip_range", 1e-4), drawn.log_prob.add_(6e-5)),
+], ids=["log_prob", "latents", "t", "keep", "std", "guidance", "half of the clip range"])
 def test_a_run_stops_when_sampling_and_training_disagree(fresh, spoil, capsys):
     config = small()
-    model = fresh(config)
-    batch = draw(model, config)
-    spoil(batch, config)
-    before = [p.clone() for p in model.params]
-    with pytest.raises(SystemExit) as stopped:
-        learn(model, config, batch)
-    assert stopped.value.code == 2 and "ratio" in capsys.readouterr().err
-    assert all(torch.equal(a, b) for a, b in zip(before, model.params))
+    policy = fresh(config)
+    drawn, before = draw(policy, config), weights(policy)
+    spoil(drawn, config)
+    with pytest.raises(SystemExit):
+        learn(policy, config, drawn)
+    assert "ratio" in capsys.readouterr().err and torch.equal(weights(policy), before)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_kl_is_0_at_the_start_and_pulls_back_once_the_lora_has_moved(fresh, precision):
     config = small(beta=0.5, updates=1, precision=precision)
-    model, nothing = fresh(config), torch.zeros(8)
-    assert learn(model, config, draw(model, config), nothing)["kl"] == 0
-    model = fresh(config)
-    perturb(model, 0.05)
-    kl = [learn(model, config, draw(model, config), nothing)["kl"] for _ in range(6)]  # only the KL has a gradient
-    assert kl[0] > 0 and kl[5] < 0.6 * kl[0]
+    kl_of_update = lambda policy: learn(policy, config, draw(policy, config), torch.zeros(8))["kl"]
+    assert kl_of_update(fresh(config)) == 0
+    policy = perturb(fresh(config), 0.05)
+    kl = [kl_of_update(policy) for _ in range(4)]  # without advantages only it has a gradient
+    assert kl[0] > 0 and kl[3] < 0.7 * kl[0]
 
 
-def plain_gradient(model, config, drawn, advantages, order, beta):
-    total = 0
-    for image in order:
-        for step, i in enumerate(drawn.sde_steps):
-            one = lambda a: a[i:i + 1]
-            condition = [c[drawn.prompt_index[image]][None] for c in drawn.condition]
-            x, t, dt, s = drawn.latents[image:image + 1, step], one(drawn.t), one(drawn.t.diff()), one(drawn.sigma)
-            v = flow_grpo.velocity(model, config, x, t, condition)
-            log_prob, mean = sde_step(x, v, t, dt, s, x_next=drawn.latents[image:image + 1, step + 1])[1:]
-            total = total - advantages[image] * torch.exp(log_prob - drawn.log_prob[image, step])
-            if beta:
-                model.pipe.transformer.disable_adapters()
-                with torch.no_grad():
-                    mean_ref = sde_mean(x, flow_grpo.velocity(model, config, x, t, condition), t, dt, s)
-                model.pipe.transformer.enable_adapters()
-                total = total + beta * gaussian_kl(mean, mean_ref, s)
-    (total / 8).sum().backward()  # 4 images x 2 steps
-    gradient = [p.grad.clone() for p in model.params]
-    model.optimizer.zero_grad()
-    return gradient
+def equation_5(policy, config, drawn, advantages, images):
+    """Its gradient by plain loops: every image at every step, one at a time, and the mean of all"""
+    losses = []
+    for image in images:
+        for k, i in enumerate(drawn.window):
+            step = drawn.steps.at(i)
+            condition = [c[image:image + 1] for c in drawn.condition]
+            x, x_next = drawn.latents[image:image + 1, k], drawn.latents[image:image + 1, k + 1]
+            v = policy.velocity(x, step.t, condition)
+            _, log_prob, mean = sde_step(x, v, step, x_next=x_next)
+            ratio = torch.exp(log_prob - drawn.log_prob[image, k])
+            with policy.reference(), torch.no_grad():
+                mean_ref = sde_mean(x, policy.velocity(x, step.t, condition), step)
+            kl = ((mean - mean_ref) ** 2).mean() / (2 * step.kl_std.item() ** 2)
+            losses.append(-ratio * advantages[image] + config.beta * kl)
+    torch.cat(losses).mean().backward()
+    return gradient(policy)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_an_update_is_the_gradient_of_equation_5(fresh, beta):
-    """Against plain loops over images and steps: every pair once, its own advantage, the mean over all."""
-    config = small(beta=beta, updates=2, batch_size=3)
-    model = fresh(config)
-    perturb(model, 0.005)
-    drawn = draw(model, small())
+@pytest.mark.parametrize("sde", ["flow", "cps"])
+def test_an_update_is_the_gradient_of_equation_5(fresh, monkeypatch, sde):
+    """Each of two updates has half of each group, in micro-batches that do not divide it."""
+    config = small(beta=0.3, sde=sde, updates=2, batch_size=3)
+    policy = perturb(fresh(config), 0.005)
+    drawn = draw(policy, config)
     advantages = torch.tensor([1.0, 0.0, -0.5, 0.0, 2.0, 0.0, 0.0, -1.0])
-    expected = []
-    rng = random.Random(0)
-    members = [rng.sample(range(4), 4) for _ in range(2)]
-    for own in (slice(0, 2), slice(2, 4)):  # each update has its own half of each group
-        order = [4 * group + image for group in range(2) for image in members[group][own]]
-        expected.append(plain_gradient(model, config, drawn, advantages, order, beta))
-    got = []
-    model.optimizer.step = lambda: got.append([torch.zeros_like(p) if p.grad is None else p.grad.clone()
-                                               for p in model.params])
-    try:
-        learn(model, config, drawn, advantages)
-    finally:
-        del model.optimizer.step
-    assert len(got) == 2
-    for each, wanted in zip(got, expected):
-        norm = torch.cat([g.flatten() for g in wanted]).norm()
-        assert 0 < norm < 1  # below 1: it was not clipped
-        for a, b in zip(each, wanted):
-            close(a / norm, b / norm, 1e-4)
+    rng, expected, got = random.Random(0), [], []
+    orders = [rng.sample(range(4), 4) for _ in range(2)]
+    for half in (slice(0, 2), slice(2, 4)):
+        images = [4 * group + member for group in range(2) for member in orders[group][half]]
+        expected.append(equation_5(policy, config, drawn, advantages, images))
+    monkeypatch.setattr(policy.optimizer, "step", lambda: got.append(gradient(policy)))
+    learn(policy, config, drawn, advantages)
+    for own, wanted in zip(got, expected, strict=True):
+        assert 0 < wanted.norm() < 1  # below 1 it was not clipped
+        close(own / wanted.norm(), wanted / wanted.norm(), 1e-4)
 
 
-def test_the_reference_pass_does_not_swallow_lora_gradients_under_autocast(fresh):
-    """A gradient through velocity() must not depend on a no_grad pass before it."""
+def test_a_gradient_is_clipped_at_1_and_its_norm_before_that_is_noted(fresh, monkeypatch):
+    policy, clipped = fresh(small()), []
+    monkeypatch.setattr(policy.optimizer, "step", lambda: clipped.append(gradient(policy).norm()))
+    for norm in (0.5, 7.0):
+        for p in policy.params:
+            p.grad = torch.full_like(p, norm / len(weights(policy)) ** 0.5)
+        assert policy.optimize() == pytest.approx(norm, rel=1e-3)
+    close(torch.stack(clipped), [0.5, 1.0], 1e-3)
+
+
+def test_the_reference_pass_does_not_swallow_gradients_under_autocast(fresh):
+    """A gradient through velocity() must not depend on a pass without gradients before it."""
     config = small(precision="bf16", guidance=1.0)
-    model = fresh(config)
-    perturb(model)
-    condition = flow_grpo.encode(model.pipe, config, ['a sign that says "CAT"'])
-    x, t = torch.randn(1, 8, 12, 12), torch.tensor([0.7])
-    cache = []
-    hook = model.pipe.transformer.register_forward_pre_hook(lambda *_: cache.append(torch.is_autocast_cache_enabled()))
-    flow_grpo.velocity(model, config, x, t, condition)
-    hook.remove()
-    assert cache == [False]  # not every version of torch shows what the cache does
-
-    def gradient(first):
-        model.optimizer.zero_grad()
+    policy = perturb(fresh(config))
+    condition = policy.encode(['a sign that says "CAT"'])
+    x, t = torch.ones(1, 8, 12, 12), torch.tensor(0.7)
+    gradients, caches = [], []
+    hook = policy.network.register_forward_pre_hook(
+        lambda *_: caches.append(torch.is_autocast_cache_enabled()))
+    for reference_first in (False, True):
         with torch.autocast("cpu", torch.bfloat16):  # as if a caller had opened one around both
-            if first:
+            if reference_first:
                 with torch.no_grad():
-                    flow_grpo.velocity(model, config, x, t, condition)
-            loss = flow_grpo.velocity(model, config, x, t, condition).square().mean()
-        loss.backward()
-        return [None if p.grad is None else p.grad.clone() for p in model.params]
-    for a, b in zip(gradient(False), gradient(True)):
-        assert a is not None and b is not None and torch.equal(a, b)
+                    policy.velocity(x, t, condition)
+            policy.velocity(x, t, condition).square().mean().backward()
+        gradients.append(gradient(policy))
+    hook.remove()
+    assert torch.equal(*gradients) and gradients[0].norm() > 0
+    assert caches == [False] * 3  # not every version of torch shows what the cache does
 
 
 def test_both_branches_of_guidance_carry_gradient(fresh):
     config = small(guidance=3.0)
-    model = fresh(config)
-    perturb(model)
-    condition = flow_grpo.encode(model.pipe, config, ['a sign that says "CAT"'])
-    x, t = torch.randn(1, 8, 12, 12), torch.tensor([0.7])
-    branch = lambda c: flow_grpo.velocity(model, small(guidance=1.0), x, t, c)
-    by_hand = lambda: branch(model.empty) + 3 * (branch(condition) - branch(model.empty))
-    guided = flow_grpo.velocity(model, config, x, t, condition)
-    close(guided, by_hand(), 1e-4)
-    gradients = []
-    for loss in (guided.sum(), by_hand().sum()):
-        model.optimizer.zero_grad()
-        loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.params]))
-    close(gradients[0], gradients[1], 1e-3)
+    policy = perturb(fresh(config))
+    condition = policy.encode(['a sign that says "CAT"'])
+    x, t = torch.ones(1, 8, 12, 12), torch.tensor(0.7)
+    guided = policy.velocity(x, t, condition)
+    guided.sum().backward()
+    its_gradient = gradient(policy)
+    policy.config = replace(config, guidance=1.0)
+    plain, empty = policy.velocity(x, t, condition), policy.velocity(x, t, policy.encode([""]))
+    by_hand = empty + 3 * (plain - empty)
+    by_hand.sum().backward()
+    close(guided, by_hand, 1e-4)
+    close(its_gradient, gradient(policy), 1e-3)
 
 
-def test_an_image_does_not_depend_on_its_batch(fresh):
-    config = small()
-    model = fresh(config)
-    together, apart = draw(model, config), draw(model, small(batch_size=3))
-    close(together.latents, apart.latents, 1e-4)
-    alone = flow_grpo.rollout(model, config, ['a sign that says "DOG"'], [5], config.train_steps, range(1, 3))
-    close(together.latents[5], alone.latents[0], 1e-4)
-    close(together.log_prob[5], alone.log_prob[0], 1e-4)
-
-
-def test_a_record_contains_the_sde_steps_and_each_member_of_a_group_is_different(fresh):
-    config = small()
-    model = fresh(config)
-    batch = draw(model, config, sde_steps=range(1, 3))
-    assert batch.latents.shape == (8, 3, 8, 12, 12) and batch.log_prob.shape == (8, 2)
-    for i in range(8):
-        for j in range(i):
-            assert (batch.latents[i, 0] - batch.latents[j, 0]).abs().mean() > 0.1
-    for k, i in enumerate(batch.sde_steps):  # the noise that was added has the std that is scored
-        args = batch.t[i].expand(8), batch.t.diff()[i].expand(8), batch.sigma[i].expand(8)
-        v = flow_grpo.velocity(model, config, batch.latents[:, k], args[0], [c[batch.prompt_index] for c in batch.condition])
-        noise = (batch.latents[:, k + 1] - sde_mean(batch.latents[:, k], v, *args)) / (args[2] * (-args[1]) ** 0.5)[0]
-        assert abs(noise.std().item() - 1) < 0.05 and abs(noise.mean().item()) < 0.05
+@pytest.mark.parametrize("sde", ["flow", "cps"])
+def test_a_rollout_holds_its_sde_steps_as_they_are_scored(fresh, sde):
+    """And none of its images depends on the others, or on the size of micro-batches."""
+    config = small(sde=sde)
+    policy = fresh(config)
+    drawn, apart = draw(policy, config, range(3)), draw(policy, replace(config, batch_size=3))
+    assert drawn.latents.shape == (8, 4, 8, 12, 12) and drawn.log_prob.shape == (8, 3)
+    close(draw(policy, config).latents, apart.latents, 1e-4)
+    for seed in range(8):  # a seed's generator gives the first noise, as in a stock pipeline,
+        generator = torch.Generator().manual_seed(seed)
+        close(drawn.latents[seed, 0], torch.randn(8, 12, 12, generator=generator))
+        for k in range(3):  # and then the noise of each SDE step
+            step = drawn.steps.at(k)
+            x, x_next = drawn.latents[seed:seed + 1, k], drawn.latents[seed:seed + 1, k + 1]
+            v = policy.velocity(x, step.t, [c[seed:seed + 1] for c in drawn.condition])
+            noise = (x_next - sde_mean(x, v, step)) / step.std
+            close(noise[0], torch.randn(8, 12, 12, generator=generator), 1e-3)
 
 
 def test_with_the_same_noise_a_group_differs_by_the_sde_alone(fresh, monkeypatch):
-    config, drawn = small(same_noise=True, batch_size=3), []
-    model, update = fresh(config), flow_grpo.update
-    monkeypatch.setattr(flow_grpo, "update", lambda model, config, rollout, *rest: drawn.append(rollout) or update(model, config, rollout, *rest))
-    train_set = [(f'a sign that says "{word}"', {}) for word in ("CAT", "DOG")]
-    flow_grpo.train_epoch(model, config, rewards.load("jpeg_compressibility"), train_set, 0)
-    latents = drawn[0].latents.unflatten(0, (2, 4))  # [groups, members, K+1, C, H, W]
+    config = small(same_noise=True, batch_size=3)
+    policy, update, drawn = fresh(config), flow_grpo.update, []
+    monkeypatch.setattr(flow_grpo, "update", lambda *args: drawn.append(args[2]) or update(*args))
+    train_set = [('a sign that says "CAT"', {}), ('a sign that says "DOG"', {})]
+    flow_grpo.train_epoch(policy, config, rewards.load("jpeg_compressibility"), train_set, 0)
+    latents = drawn[0].latents.unflatten(0, (2, 4))  # [groups, group_size, K+1, C, H, W]
     before, after = latents[:, :, 0], latents[:, :, 1]
-    close(before, before[:, :1].expand_as(before), 1e-4)  # the steps before the window are the same, too
+    close(before, before[:, :1].expand_as(before), 1e-4)
     assert (before[0, 0] - before[1, 0]).abs().mean() > 0.3
-    for a in range(4):
-        for b in range(a):
-            assert (after[:, a] - after[:, b]).abs().mean() > 0.1
-    noise = after - after.mean(1, keepdim=True)  # and its noise is not the first noise again
-    assert np.abs(np.corrcoef(noise.flatten(2).flatten(0, 1), before[:, :1].expand_as(before).flatten(2).flatten(0, 1))[:8, 8:]).max() < 0.5
+    for other in range(1, 4):
+        assert (after[:, 0] - after[:, other]).abs().mean() > 0.1
 
 
-def test_the_grid_is_the_schedulers_own_shifted_once(fresh):
-    """SD3.5's shift is 3. Setting the steps again must not shift again (diffusers PR 13962)."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    config = small(train_steps=10, group_size=1)
-    model = fresh(config)
-    own, model.pipe.scheduler = model.pipe.scheduler, FlowMatchEulerDiscreteScheduler(shift=3.0)
-    for _ in range(2):
-        close(draw(model, config).t, GOLDEN["t"])
-    model.pipe.scheduler = own
+@pytest.mark.parametrize("steps, window", [(4, 1), (5, 2), (10, 8)])
+def test_the_window_never_has_the_last_step(steps, window):
+    latest = steps - 1 - window
+    config = small(train_steps=steps, window=window, latest_start=latest)
+    windows = {flow_grpo.choose_window(config, random.Random(i)) for i in range(200)}
+    assert windows == {range(start, start + window) for start in range(latest + 1)}
+    assert flow_grpo.choose_window(replace(config, window=0), None) == range(steps - 1)
 
 
-def test_the_window_never_has_the_last_step():
-    for steps in (4, 5, 10):
-        for window in (0, 1, 2):
-            config = small(train_steps=steps, window=window)
-            windows = [flow_grpo.choose_sde_steps(config, random.Random(i)) for i in range(50)]
-            assert all(w.stop <= steps - 1 and len(w) == (window or steps - 1) for w in windows)
-            assert window == 0 or len(set(windows)) == steps // 2 - window + 1
-
-
-def test_a_sample_without_advantage_changes_nothing(fresh):
-    config = small(updates=1)
-    model = fresh(config)
-    batch = draw(model, config)
-    before = [p.clone() for p in model.params]
-    assert learn(model, config, batch, torch.zeros(8))["grad_norm"] == 0
-    for a, b in zip(before, model.params):
-        close(a, b, 1e-6)  # AdamW's weight decay is all that is left
-
-
-def test_an_epoch_has_every_prompt_exactly_group_size_times(monkeypatch):
-    seen = []
-
-    def fake_rollout(model, config, prompts, seeds, *rest):
-        seen.append((prompts, seeds))
-        raise StopIteration
-    monkeypatch.setattr(flow_grpo, "rollout", fake_rollout)
-    config = small(groups=3, group_size=5)
-    train_set = [(f"prompt {i}", {"i": i}) for i in range(7)]
-    for epoch in range(50):
-        with pytest.raises(StopIteration):
-            flow_grpo.train_epoch(None, config, None, train_set, epoch)
-    every_seed = [s for _, seeds in seen for s in seeds]
-    assert len(set(every_seed)) == len(every_seed) == 50 * 15
-    for prompts, _ in seen:
-        assert [prompts[i] for i in range(0, 15, 5)] == list(dict.fromkeys(prompts))
-        assert all(prompts.count(p) == 5 for p in prompts)
-    assert len({prompts for prompts, _ in seen}) > 40
+def test_an_epoch_has_each_prompt_group_size_times_and_no_seed_twice(monkeypatch):
+    epochs = []
+    monkeypatch.setattr(flow_grpo, "rollout", lambda *args: epochs.append(args[2:4]) or 1 / 0)
+    config, train_set = small(groups=3, group_size=5), [(f"prompt {i}", {}) for i in range(7)]
+    for epoch, seed in [*((epoch, 0) for epoch in range(50)), (0, 1)]:
+        with pytest.raises(ZeroDivisionError):
+            flow_grpo.train_epoch(None, replace(config, seed=seed), None, train_set, epoch)
+    for prompts, _ in epochs:
+        assert len(set(prompts)) == 3
+        assert list(prompts) == [prompt for prompt in prompts[::5] for _ in range(5)]
+    assert len({prompts for prompts, _ in epochs}) > 40
+    assert len({seed for _, seeds in epochs for seed in seeds}) == 51 * 15
 
 
 def test_what_is_not_finite_stops_the_run_before_the_weights_change(fresh, monkeypatch):
     config = small()
-    model = fresh(config)
-    batch = draw(model, config)
-    before = [p.clone() for p in model.params]
-    with pytest.raises(FloatingPointError, match=r"the loss of 'a sign that says \"(CAT|DOG)\"' at step [12] is nan"):
-        learn(model, config, batch, torch.full((8,), torch.nan))
+    policy = fresh(config)
+    drawn, before, advantages = draw(policy, config), weights(policy), torch.zeros(8)
+    advantages[5] = torch.nan
+    with pytest.raises(FloatingPointError, match='losses of \'a sign that says "DOG"\''):
+        learn(policy, config, drawn, advantages)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda params, limit: torch.tensor(torch.inf))
-        with pytest.raises(FloatingPointError, match="the gradient is inf in update 1"):
-            learn(model, config, batch)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.params))
-    velocity = flow_grpo.velocity
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(torch.inf))
+        with pytest.raises(FloatingPointError, match="gradient"):
+            learn(policy, config, drawn)
+    assert torch.equal(weights(policy), before)
 
-    def broken(model, config, x, t, condition):
-        v = velocity(model, config, x, t, condition)
-        return torch.where(t.view(-1, 1, 1, 1) < 0.6, v * torch.tensor([1, 1, torch.inf, 1]).view(-1, 1, 1, 1), v)
-    monkeypatch.setattr(flow_grpo, "velocity", broken)
-    with pytest.raises(FloatingPointError, match="'a sign that says \"CAT\"' are not finite after step 3"):
-        draw(model, small(batch_size=4))
+    def broken(x, t, condition):
+        v = type(policy).velocity(policy, x, t, condition)
+        v[6] *= torch.inf if t.flatten()[0] < 0.6 else 1
+        return v
+    monkeypatch.setattr(policy, "velocity", broken)
+    with pytest.raises(FloatingPointError, match='latents after step 3 of .*"DOG"'):
+        draw(policy, config)
 
 
-def test_the_ema_grows_into_its_decay(fresh):
-    config = small(ema_decay=0.9, ema_every=2)
-    model = fresh(config)
-    with torch.no_grad():
-        for p in model.params:
-            p += 1
-    for model.updates_done in (1, 2):
-        flow_grpo.ema_step(model, config)
-    decay = 3 / 12  # (1 + n) / (10 + n) with n = 2: of two updates only the second counts
-    close(model.params[0] - model.ema[0], torch.full_like(model.ema[0], decay), 1e-4)
-    before = model.params[0].clone(), model.ema[0].clone()
-    flow_grpo.swap_ema(model)
-    assert torch.equal(model.params[0], before[1]) and torch.equal(model.ema[0], before[0])
-    flow_grpo.swap_ema(model)
-    assert torch.equal(model.params[0], before[0]) and torch.equal(model.ema[0], before[1])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lora_is_on_the_official_layers_and_in_float32(fresh, precision):
+    policy = fresh(small(precision=precision))
+    trained = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
+    layers = {re.sub(r"transformer_blocks\.\d+\.attn\.|\.lora_.*", "", name) for name in trained}
+    assert layers == set(
+        "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split())
+    assert len(trained) == 2 * (4 * 8 - 1)  # the last block has no to_add_out
+    assert {p.dtype for p in trained.values()} == {torch.float32} == {policy.pipe.vae.dtype}
+    assert policy.network.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    frozen = [policy.pipe.vae, policy.pipe.text_encoder, policy.pipe.text_encoder_3]
+    assert not any(p.requires_grad for module in frozen for p in module.parameters())
 
-    model.updates_done = 3  # off: the weights themselves, also where ema_every would skip this update
-    flow_grpo.ema_step(model, small(ema_decay=0, ema_every=2))
-    assert torch.equal(model.params[0], model.ema[0])
+
+def test_the_loras_first_values_depend_on_the_seed_alone():
+    first, again, other = (weights(load_policy(small(seed=seed))) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("options, updates_before, expected", [
+    (dict(ema_every=1), 0, [1 - 2 / 11]),  # the decay is (1 + n) / (10 + n), this update counted
+    (dict(ema_every=2), 0, [0, 2 * (1 - 3 / 12), 2 * (1 - 3 / 12)]),
+    (dict(ema_decay=0.9), 1000, [0.1]),
+    (dict(ema_decay=0.0), 0, [1, 2])])  # off: the weights themselves
+def test_the_average_grows_into_its_decay(fresh, monkeypatch, options, updates_before, expected):
+    """How far it has come, when every update adds 1 to all weights"""
+    policy = fresh(small(**options))
+    monkeypatch.setattr(policy.optimizer, "step", lambda: [p.data.add_(1) for p in policy.params])
+    policy.updates_done, start = updates_before, policy.average[0].clone()
+    for far in expected:
+        for p in policy.params:
+            p.grad = torch.zeros_like(p)
+        policy.optimize()
+        close((policy.average[0] - start).mean(), far, 1e-4)
+
+
+# -------------------------------------------------------------------------------- what is measured
+
+
+def grey(*levels):
+    return [Image.new("RGB", (8, 8), (level, level, level)) for level in levels]
+
+
+def brightness(images, prompts, metadata):
+    return [image.getpixel((0, 0))[0] / 255 for image in images]
+
+
+def half(images, prompts, metadata):
+    return [0.5] * len(images)
+
+
+def floats(metrics):
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def test_the_metrics_of_an_update():
+    terms = torch.tensor([[1, 0.5, 1.0], [3, 0.0, 1.2], [0, 0.1, 0.85], [0, 0.0, 1.11], [1, 0, 1]])
+    assert floats(flow_grpo.summary(terms, 0.1)) == pytest.approx(
+        dict(policy_loss=1.0, kl=0.12, ratio=1.032, ratio_deviation=0.2, clip_low=0.2,
+             clip_high=0.4), rel=1e-4)
+
+
+def test_the_metrics_of_an_epoch(monkeypatch):
+    """Two groups: rewards 0, 1, 0, 1, and four equal ones, from which there is nothing to learn"""
+    drawn, updates = SimpleNamespace(images=grey(0, 255, 0, 255, 51, 51, 51, 51)), []
+    monkeypatch.setattr(flow_grpo, "rollout", lambda *args: drawn)
+    monkeypatch.setattr(flow_grpo, "update", lambda *args: updates.append(args) or {"kl": 0.25})
+    reward = {"bright": (brightness, 2.0), "half": (half, 0.5)}
+    metrics = flow_grpo.train_epoch(None, small(), reward, [("a", {}), ("b", {})], 0)
+    total = np.array([0, 2, 0, 2, 0.4, 0.4, 0.4, 0.4]) + 0.25
+    assert floats(metrics) == pytest.approx({
+        "reward/bright": 0.35, "reward/half": 0.5, "reward": total.mean(), "kl": 0.25,
+        "reward_std": total.std(ddof=1), "group_std": (4 / 3) ** 0.5 / 2, "no_signal": 0.5})
+    (_, _, its_drawn, advantages, _), = updates
+    assert its_drawn is drawn
+    close(advantages, [-1 / total.std(), 1 / total.std()] * 2 + [0] * 4, 1e-3)
+
+
+def test_the_metrics_of_an_evaluation(monkeypatch, fresh, tmp_path):
+    """Every image has its own seed. It is right if the first reward gives it 1."""
+    images, asked = grey(255, 0, 255, 255, 51, 204), []
+    monkeypatch.setattr(flow_grpo, "rollout", lambda policy, config, *args: (
+        asked.append(args) or SimpleNamespace(images=images)))
+    config = small(eval_prompts=3, eval_per_prompt=2, eval_steps=7)
+    reward = {"bright": (brightness, 1.0), "half": (half, 0.0)}
+    test_set = [("a", {"tag": "x"}), ("b", {"tag": "y"}), ("c", {"tag": "x"}), ("d", {})]
+    (tmp_path / "samples").mkdir()
+    metrics = flow_grpo.evaluate(fresh(config), config, reward, test_set, tmp_path, 12)
+    assert asked == [(("a", "a", "b", "b", "c", "c"), (0, 1, 2, 3, 4, 5), 7)]
+    assert floats(metrics) == pytest.approx({
+        "eval_reward": 2 / 3, "eval_reward/bright": 2 / 3, "eval_reward/half": 0.5,
+        "eval_accuracy": 0.5, "eval_accuracy/x": 0.25, "eval_accuracy/y": 1.0,
+        "eval_diversity": (1 + 0 + 0.6) / 3})
+    assert (tmp_path / "samples/0012.png").exists()
 
 
 def test_an_evaluation_draws_with_the_averaged_weights(fresh, tmp_path):
-    config = small(eval_prompts=1)
-    model, prompt, drawn = fresh(config), 'a sign that says "CAT"', []
-    with torch.no_grad():
-        for average in model.ema:
-            average += 0.05 * torch.randn_like(average)
-    weights = [p.clone() for p in model.params]
-    reward = {"keep": (lambda images, prompts, metadata: drawn.extend(images) or [0.0] * len(images), 1.0)}
-    flow_grpo.evaluate(model, config, reward, {}, [(prompt, {})], tmp_path, 0)
-    assert all(torch.equal(a, b) for a, b in zip(weights, model.params))
-    draw_with = lambda: np.asarray(flow_grpo.rollout(model, config, [prompt], [0], config.eval_steps, range(0)).images[0], float)
-    off = lambda: np.abs(np.asarray(drawn[0], float) - draw_with()).mean()
-    assert off() > 1  # these are not the averaged ones
-    flow_grpo.swap_ema(model)
-    assert off() < 0.1
+    config = small(eval_prompts=1, eval_per_prompt=1)
+    policy, seen, prompt = fresh(config), [], 'a sign that says "CAT"'
+    for average in policy.average:
+        average += 0.05 * torch.randn(average.shape, generator=torch.Generator().manual_seed(0))
+    reward = {"keep": (lambda images, *_: seen.extend(images) or [0.0], 1.0)}
+    (tmp_path / "samples").mkdir()
+    before = weights(policy)
+    flow_grpo.evaluate(policy, config, reward, [(prompt, {})], tmp_path, 0)
+    assert torch.equal(weights(policy), before)
+    for p, average in zip(policy.params, policy.average):
+        p.data = average.clone()
+    averaged, = flow_grpo.rollout(policy, config, [prompt], [0], config.eval_steps).images
+    plain, = flow_grpo.rollout(fresh(config), config, [prompt], [0], config.eval_steps).images
+    off = lambda image: np.abs(np.asarray(image, float) - np.asarray(seen[0], float)).mean()
+    assert off(averaged) < 0.1 and off(plain) > 1
 
 
-def test_lora_is_on_the_official_projections_only(fresh):
-    model = fresh(small())
-    names = {re.sub(r"transformer_blocks\.\d+\.|\.lora_.*", "", n) for n, p in model.pipe.transformer.named_parameters()
-             if p.requires_grad}
-    assert names == {"attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
-                     "attn.add_v_proj", "attn.to_add_out"}
-    assert len(model.params) == 2 * (4 * 8 - 1)  # the last block has no to_add_out
-    others = [*model.pipe.vae.parameters(), *model.pipe.text_encoder.parameters(), *model.pipe.text_encoder_3.parameters()]
-    assert not any(p.requires_grad for p in others)
+# ------------------------------------------------------------------------------- diffusers' models
 
 
-# ------------------------------------------------------------------------------------- real models, tiny and random
+def stock_image(pipe, prompt, seed, **options):
+    """What diffusers itself draws, as the README says"""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    image, = pipe(prompt, generator=generator, height=32, width=32, guidance_scale=2.0,
+                  max_sequence_length=14, **options).images
+    return np.asarray(image, float)
 
 
-def clip_tokenizer(length=77):
-    from transformers import CLIPTokenizer
-    letters = [chr(c) for c in range(33, 127)]
-    tokens = letters + [c + "</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=length)
+@pytest.mark.parametrize("family", ["toy", "sd3", "flux"])
+def test_a_rollout_without_noise_is_the_stock_pipelines_image(tmp_path, family):
+    pipe = tiny.pipeline(family)
+    pipe.save_pretrained(tmp_path)
+    config = small(model=str(tmp_path), resolution=32)
+    policy = load_policy(config)
+    drawn = flow_grpo.rollout(policy, config, ["a cat", "a dog"], [3, 4], 6)
+    expected = stock_image(pipe, "a dog", 4, num_inference_steps=6)
+    other, own = (np.asarray(image, float) for image in drawn.images)
+    assert np.abs(own - expected).max() <= 1 < np.abs(other - expected).max()
+    for _ in range(2):  # asked again, the times are not shifted again (diffusers PR 13962)
+        close(policy.time_grid(6), pipe.scheduler.sigmas)
 
 
-def t5_tokenizer():
-    from transformers import T5Tokenizer
-    tokens = ["<pad>", "</s>", "<unk>", "▁"] + [chr(c) for c in range(33, 127)]
-    return T5Tokenizer(vocab=[(token, -float(i)) for i, token in enumerate(tokens)], extra_ids=0, model_max_length=512)
-
-
-def tiny_pipeline(family):
-    """A random pipeline of the real classes: SD3.5-Medium's (dual attention, qk norm, AutoencoderKL) or FLUX.1-dev's."""
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-    torch.manual_seed(0)
-    tokenizer, t5_tokens = clip_tokenizer(), t5_tokenizer()
-    clip = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, projection_dim=32, num_hidden_layers=2,
-                          num_attention_heads=2, bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1)
-    t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokens), d_model=32 if family == "flux" else 64, d_kv=16, d_ff=32, num_layers=1,
-                                 num_heads=2))
-    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2, layers_per_block=1,
-                                  up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, norm_num_groups=4, scaling_factor=1.5305,
-                                  shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler
-    if family == "flux":
-        transformer = diffusers.FluxTransformer2DModel(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-                                                       num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
-                                                       guidance_embeds=True, axes_dims_rope=(4, 6, 6))
-        return diffusers.FluxPipeline(transformer=transformer, vae=vae, text_encoder=CLIPTextModel(clip), text_encoder_2=t5,
-                                      tokenizer=tokenizer, tokenizer_2=t5_tokens,
-                                      scheduler=scheduler(shift=3.0, use_dynamic_shifting=True))
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=16, qk_norm="rms_norm",
-        dual_attention_layers=(0,))
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer, vae=vae, scheduler=scheduler(shift=3.0), text_encoder=CLIPTextModelWithProjection(clip),
-        text_encoder_2=CLIPTextModelWithProjection(clip), text_encoder_3=t5, tokenizer=tokenizer, tokenizer_2=tokenizer,
-        tokenizer_3=t5_tokens)
-
-
-@pytest.mark.parametrize("family", ["sd3", "flux"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_on_the_real_classes(desk, family, precision):
-    """An epoch, evaluation, save, resume for another; then stock diffusers, with the LoRA, draws the evaluation's image."""
-    pipe = tiny_pipeline(family)
+@pytest.mark.parametrize("family, precision", [
+    ("sd3", "fp32"), ("sd3", "bf16"), ("flux", "fp32"), ("flux", "bf16")])
+def test_stock_diffusers_with_the_lora_draws_the_evaluations_image(desk, family, precision):
+    """After an epoch, and a second one on resuming, with the options that save memory"""
+    pipe = tiny.pipeline(family)
     pipe.save_pretrained("tiny")
-    options = ["--model", "tiny", "--resolution", "32", "--max_sequence_length", "16", "--guidance", "2", "--dataset",
-               str(HERE / "toy/ocr"), "--name", "x", "--learning_rate", "0.03", "--precision", precision, "--offload",
-               "--gradient_checkpointing", "--reward", "custom:by_hue", "--lora_rank", "4", "--lora_alpha", "8"]
-    flow_grpo.main([*TINY, *options])
-    flow_grpo.main(["--resume", "--name", "x", "--epochs", "2"])
-    rows = [json.loads(line) for line in open("runs/x/metrics.jsonl")]
-    assert [row["epoch"] for row in rows] == [0, 1, 2] and rows[1]["ratio_deviation"] > 0 and rows[1]["grad_norm"] > 0
+    run(*TINY, "--model", "tiny", "--resolution", 32, "--guidance", 2, "--reward",
+        "custom:keeps_the_first", "--learning_rate", 0.1, "--beta", 0, "--ema_decay", 0,
+        "--precision", precision, "--offload", "--gradient_checkpointing", "--name", "x")
+    run("--resume", "runs/x", "--epochs", 2)
+    first, second, _ = metrics("runs/x")
+    assert first["kl"] < second["kl"] and second["grad_norm"] > 0
+    with safe_open("runs/x/pytorch_lora_weights.safetensors", "pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert settings["transformer.lora_alpha"] == 64
+    layers = settings["transformer.target_modules"]  # a set for peft: in any order
+    assert layers == sorted(layers)
     if precision == "fp32":
-        prompt = (HERE / "toy/ocr/test.txt").read_text().splitlines()[0]
-        picture = lambda: np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(0), num_inference_steps=2, height=32,
-                                          width=32, guidance_scale=2.0, max_sequence_length=16, output_type="pil").images[0]
-                                     .resize((144, 144), Image.LANCZOS), float)
-        pipe.set_progress_bar_config(disable=True)
-        ours = np.asarray(Image.open("runs/x/samples/0002.png").crop((3, 0, 147, 144)), float)
-        base = picture()
+        prompt = flow_grpo.load_prompts(Config(reward="geneval"), "test")[0][0]
+        ours = np.asarray(Image.open("first.png"), float)
+        before = stock_image(pipe, prompt, 0, num_inference_steps=2)
         pipe.load_lora_weights("runs/x")
-        off = lambda image: np.abs(image - ours).mean()  # of 255
-        assert off(picture()) < 0.5 < 2 < off(base)
+        after = stock_image(pipe, prompt, 0, num_inference_steps=2)
+        assert np.abs(after - ours).mean() < 1 < 10 < np.abs(before - ours).mean()
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_gradient_checkpointing_changes_memory_only(tmp_path, family):
-    tiny_pipeline(family).save_pretrained(tmp_path)
+    tiny.pipeline(family).save_pretrained(tmp_path)
     gradients, kept = [], []
     for checkpointing in (False, True):
-        config = small(model=str(tmp_path), resolution=32, max_sequence_length=16, gradient_checkpointing=checkpointing)
-        model = flow_grpo.load_model(config)
-        perturb(model)
-        sizes = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.update({x.data_ptr(): x.numel()}) or x, lambda x: x):
-            v = flow_grpo.velocity(model, config, torch.ones(1, 4, 16, 16), torch.tensor([0.7]),
-                                   flow_grpo.encode(model.pipe, config, ["a cat"]))
+        policy = perturb(load_policy(small(
+            model=str(tmp_path), resolution=32, gradient_checkpointing=checkpointing)))
+        condition, sizes = policy.encode(["a cat"]), {}
+        note = lambda tensor: sizes.update({tensor.data_ptr(): tensor.numel()}) or tensor
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            v = policy.velocity(torch.ones(1, 4, 16, 16), torch.tensor(0.7), condition)
         v.square().mean().backward()
         kept.append(sum(sizes.values()))
-        gradients.append(torch.cat([p.grad.flatten() for p in model.params]))
+        gradients.append(gradient(policy))
     close(*gradients, 1e-6)
     assert gradients[0].norm() > 0 and kept[1] < kept[0] / 2
 
 
-def test_the_memory_estimate_is_what_autograd_keeps(tmp_path):
-    """For SD3.5-Medium's blocks, with fewer channels, at its 1024 image tokens: with and without checkpointing."""
-    from diffusers import SD3Transformer2DModel
-    pipe = tiny_pipeline("sd3")
-    pipe.transformer = SD3Transformer2DModel(
-        sample_size=64, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=64, num_attention_heads=4,
-        joint_attention_dim=64, caption_projection_dim=256, pooled_projection_dim=64, pos_embed_max_size=64, qk_norm="rms_norm",
-        dual_attention_layers=(0, 1))
-    pipe.save_pretrained(tmp_path)
-    for checkpointing in (False, True):
-        config = small(model=str(tmp_path), resolution=128, max_sequence_length=16, precision="bf16", guidance=1.0, lora_rank=2,
-                       gradient_checkpointing=checkpointing, batch_size=1)
-        model = flow_grpo.load_model(config)
-        own, kept = {p.untyped_storage().data_ptr() for p in model.pipe.transformer.parameters()}, {}
-        def keep(x):
-            if x.untyped_storage().data_ptr() not in own:
-                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-                alive.append(x)  # or the next would be put at the same address
-            return x
-        alive = []
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            flow_grpo.velocity(model, config, torch.randn(1, 4, 64, 64), torch.tensor([0.5]), flow_grpo.encode(model.pipe, config, ["a cat"]))
-        estimate = flow_grpo.memory(model, config) - flow_grpo.memory(model, replace(config, batch_size=0))
-        if checkpointing:  # one layer at a time is computed anew: 25 of them in the estimate
-            estimate *= 4 / (4 + 25)
-        assert sum(kept.values()) == pytest.approx(estimate, rel=0.3)
-
-
-def test_a_run_says_what_follows_from_its_options(fresh, monkeypatch):
-    config = small(groups=3, group_size=4, updates=2, window=2, batch_size=5)
-    model = fresh(config)
-    text = flow_grpo.describe(model, config)
-    assert "3 groups x 4 = 12 images per epoch on 1 process (" in text and "2 of 6 steps trained, 2 updates per epoch" in text
-    calls = []  # forward passes that gradients go through, by their size
-    velocity = flow_grpo.velocity
-    def counted(model, config, x, *rest):
-        calls.append(len(x)) if torch.is_grad_enabled() else None
-        return velocity(model, config, x, *rest)
-    drawn = draw(model, config, prompts=("CAT", "DOG", "SUN"))
-    monkeypatch.setattr(flow_grpo, "velocity", counted)
-    learn(model, config, drawn)
-    images, steps, micro, size = map(int, re.search(r"each of (\d+) images x (\d+) steps in (\d+) micro-batches of (\d+)", text).groups())
-    assert (len(calls), max(calls), sum(calls)) == (2 * micro, size, 2 * images * steps)
-    assert f"LoRA on {len(model.params)} tensors with {sum(p.numel() for p in model.params):,} parameters" in text
-    assert "5 of 6 steps trained" in flow_grpo.describe(model, small(window=0))
-
-
-def test_lora_at_the_real_size():
-    """SD3.5-Medium's own configuration, without its weights: 382 tensors, as with the official code."""
-    from diffusers import SD3Transformer2DModel
+def test_lora_and_grid_at_the_real_size(fresh, monkeypatch):
+    """SD3.5-Medium's own configuration, without its weights: as with the official code"""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    policy = fresh(small())
+    monkeypatch.setattr(policy.pipe, "scheduler", FlowMatchEulerDiscreteScheduler(shift=3.0))
+    close(policy.time_grid(10), OFFICIAL["times"])
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
-            joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=384,
+        network = SD3Transformer2DModel(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24,
+            attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096,
+            caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=384,
             qk_norm="rms_norm", dual_attention_layers=tuple(range(13)))
-        assert sum(p.numel() for p in transformer.parameters()) == 2_243_171_520
-        transformer.requires_grad_(False)
-        params = flow_grpo.add_lora(transformer, flow_grpo.parse_config(["--preset", "sd3.5-medium"]))
+        assert sum(p.numel() for p in network.parameters()) == 2_243_171_520
+        network.requires_grad_(False)
+        monkeypatch.setattr(policy, "network", network)
+        policy.config = flow_grpo.parse_config(["--preset", "sd3.5-medium"])
+        params = policy.add_lora()
     assert len(params) == 382 and sum(p.numel() for p in params) == 18_776_064
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_the_grid_is_the_stock_pipelines(family):
-    pipe = tiny_pipeline(family)
-    pipe.set_progress_bar_config(disable=True)
-    options = dict(height=32, width=32, num_inference_steps=6, max_sequence_length=16, output_type="latent")
-    pipe("a cat", **options)
-    stock = pipe.scheduler.sigmas.clone()
-    close(flow_grpo.time_grid(pipe, small(resolution=32), 6), stock)
-
-
-# ----------------------------------------------------------------------------------------------------- rewards
+# ------------------------------------------------------------------------------------------ rewards
 
 
 @pytest.fixture(scope="module")
 def world():
-    return __import__("make_toy")
+    return rewards.load_file(HERE / "toy/world.py")
+
+
+def metadata(*include, tag=""):
+    return {"tag": tag, "include": list(include)}
+
+
+def asked(name, count=1, **more):
+    return {"class": name, "count": count, **more}
+
+
+def error_of(function, *args):
+    with pytest.raises(rewards.RewardError) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def test_ocr_reads_signs(world):
     words = ["CAT", "LION", "MAP", "FROG", "XKWQ"]
-    images = [world.paint_sign(w, random.Random(w)) for w in words]
-    prompts = [f'a sign that says "{w}"' for w in words]
+    images = [world.paint_sign(word, random.Random(word)) for word in words]
+    prompts = [f'a sign that says "{word}"' for word in words]
     reward = rewards.ocr()
-    assert reward(images, prompts, [{}] * 5) == [1.0] * 5
-    assert reward(images, [p.replace('"', '"x y z', 1) for p in prompts], None)[0] == pytest.approx(1 - 3 / 6)
-    wrong = [prompts[1], prompts[0], *prompts[2:]]  # right images with right prompts, not all pairs
-    scores = reward(images, wrong, None)
+    assert reward(images, prompts, None) == [1.0] * 5
+    longer = ['a sign that says "x y zCAT"', *prompts[1:]]
+    assert reward(images, longer, None)[0] == pytest.approx(1 - 3 / 6)
+    swapped = [prompts[1], prompts[0], *prompts[2:]]
+    scores = reward(images, swapped, None)
     assert max(scores[:2]) < 1 and scores[2:] == [1.0] * 3
-    assert [reward([i], [p], None)[0] for i, p in zip(images, wrong)] == scores
-    assert reward([Image.new("RGB", (48, 48), "white")], prompts[:1], None) == [0.0]
-    careless = [world.paint_sign(w, random.Random(w), careless=True).resize((24, 24)).resize((48, 48)) for w in words]
-    assert max(reward(careless, prompts, None)) < 1
+    alone = [reward([image], [prompt], None)[0] for image, prompt in zip(images, swapped)]
+    assert alone == scores
+    paper = Image.new("RGB", (48, 48), "white")
+    assert reward([paper], prompts[:1], None) == [0.0]
+    careless = [world.paint_sign(word, random.Random(word), careless=True) for word in words]
+    blurred = [image.resize((24, 24)).resize((48, 48)) for image in careless]
+    assert max(reward(blurred, prompts, None)) < 1
 
 
 def test_the_ocr_rule():
     from rapidfuzz.distance import Levenshtein
     score = lambda text, target: rewards.text_score(text, target, Levenshtein.distance)
-    assert score("Hello World", "hello world") == 1 == score("say HELLOWORLD!", "Hello World")
+    assert score("Hello World", "hello world") == 1
+    assert score("say HELLOWORLD!", "Hello World") == 1
     assert score("HELO", "HELLO") == pytest.approx(0.8)
-    assert score("", "HELLO") == 0 == score("completely different", "HI")  # never below 0
+    assert score("", "HELLO") == 0
+    assert score("completely different", "HI") == 0  # never below 0
     assert rewards.quoted('a "BIG CAT" and "X"') == "BIG CAT"
 
 
-@pytest.mark.parametrize("tag", ["single_object", "two_object", "counting", "colors", "position", "color_attr"])
+TASKS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+
+
+@pytest.mark.parametrize("tag", TASKS)
 def test_geneval_knows_right_from_wrong(world, tag):
     rng, reward = random.Random(0), rewards.geneval()
     rows = rng.sample(world.scenes(tag), 4)
@@ -794,681 +697,867 @@ def test_geneval_knows_right_from_wrong(world, tag):
     bad = [world.paint_scene(row, rng, careless=True) for row in rows]
     prompts = [row["prompt"] for row in rows]
     assert reward(good, prompts, rows) == [1.0] * 4
-    assert max(reward(bad, prompts, rows)) < 1
-    assert [reward([i], [p], [r])[0] for i, p, r in zip(bad, prompts, rows)] == reward(bad, prompts, rows)
+    scores = reward(bad, prompts, rows)
+    assert max(scores) < 1
+    assert [reward([i], [p], [r])[0] for i, p, r in zip(bad, prompts, rows)] == scores
 
 
-def test_the_geneval_rule():
-    box = lambda x, y: (x, y, x + 10, y + 10)
-    thing = lambda name, color="red", at=(0, 0): {"class": name, "color": color, "box": box(*at)}
-    row = lambda *include: {"include": list(include)}
+def box(x, y):
+    return (x, y, x + 10, y + 10)
+
+
+def thing(name, color="red", at=(0, 0)):
+    return {"class": name, "color": color, "box": box(*at)}
+
+
+def test_the_geneval_rule_for_counts_and_colours():
     score = rewards.geneval_score
-    assert score([thing("cup")] * 3, row({"class": "cup", "count": 4})) == pytest.approx(0.75)
-    assert score([thing("cup")], row({"class": "cup", "count": 1, "color": "red"})) == 1
-    assert score([thing("cup", "blue")], row({"class": "cup", "count": 1, "color": "red"})) == 0.5
-    assert score([thing("cup")] * 2, row({"class": "cup", "count": 1, "color": "red"})) == 0  # count 0, colour void
-    assert score([thing("cup"), thing("cup", "blue")], row({"class": "cup", "count": 1, "color": "red"})) == 0  # even if one is right
-    left = row({"class": "cup", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]})
+    assert score([thing("cup")] * 3, metadata(asked("cup", 4))) == pytest.approx(0.75)
+    assert score([thing("cup")] * 4, metadata(asked("cup", 1))) == -2  # PAPER: not cut off at 0
+    red = metadata(asked("cup", color="red"))
+    assert score([thing("cup")], red) == 1
+    assert score([thing("cup", "blue")], red) == 0.5
+    assert score([thing("cup")] * 2, red) == 0  # the count gives 0 and makes the colour void
+    assert score([thing("cup"), thing("cup", "blue")], red) == 0  # even if one of them is red
+    four = metadata(asked("cup", 2, color="red"))
+    assert score([thing("cup"), thing("cup", "blue")], four) == pytest.approx(0.75)
+
+
+def test_the_geneval_rule_for_places():
+    score = rewards.geneval_score
+    left = metadata(asked("cup"), asked("dog", position=["left of", 0]))
     assert score([thing("cup", at=(30, 0)), thing("dog", at=(0, 2))], left) == 1
-    assert score([thing("cup", at=(0, 0)), thing("dog", at=(30, 0))], left) == pytest.approx(2 / 3)  # not 0.75
-    assert score([thing("cup", at=(1, 0)), thing("dog", at=(0, 0))], left) == pytest.approx(2 / 3)  # too near to tell
+    wrong = score([thing("cup", at=(0, 0)), thing("dog", at=(30, 0))], left)
+    assert wrong == pytest.approx(2 / 3)  # PAPER/CODE: 0.75 in the official code
+    near = score([thing("cup", at=(1, 0)), thing("dog", at=(0, 0))], left)
+    assert near == pytest.approx(2 / 3)  # too near to tell
     assert score([thing("dog")], left) == pytest.approx(1 / 3)
+    # A place must hold against all reference objects, not only against one.
+    two = metadata(asked("cup", 2), asked("dog", position=["left of", 0]))
+    both = [thing("cup", at=(30, 0)), thing("cup", at=(60, 0))]
+    assert score([*both, thing("dog", at=(0, 0))], two) == 1
+    assert score([*both, thing("dog", at=(45, 0))], two) == pytest.approx(2 / 3)
     assert rewards.relations(box(0, 0), box(30, 40)) == {"left of", "above"}
     assert rewards.relations(box(0, 40), box(4, 0)) == {"below"}
 
 
+def test_nothing_has_a_place_next_to_what_is_itself_wrong():
+    """The official code's numbers, computed with its evaluate_reward."""
+    vase = asked("vase", position=["above", 0])
+    found = [thing("hydrant", at=(0, 40)), thing("hydrant", at=(3, 40)), thing("vase", at=(0, 0))]
+    score = rewards.geneval_score
+    assert score(found, metadata(asked("hydrant"), vase)) == pytest.approx(1 / 3)
+    assert score(found, metadata(asked("hydrant", 2), vase)) == 1
+    blue = metadata(asked("hydrant", 2, color="blue"), vase)
+    assert score(found, blue) == pytest.approx(2 / 4)  # 1 + 0 for the colour + 1 + 0 for the place
+
+
+def test_all_prompts_are_checked_before_the_first_epoch(world):
+    """Also what is wrong in the last prompt, by name, and with what would work."""
+    signs = rewards.load("jpeg_compressibility,ocr")
+    rewards.check(signs, ['say "A"', 'say "B"'], [{}, {}])
+    problem = error_of(rewards.check, signs, ['say "A"', "say B"], [{}, {}])
+    assert "reward ocr" in problem and "'say B'" in problem and "double quotes" in problem
+
+    good = world.scenes("position")[0]
+    for name in ("geneval", "toy_taste"):
+        loaded = rewards.load(name)
+        rewards.check(loaded, ["good"], [good])
+        check = lambda row: error_of(rewards.check, loaded, ["good", "bad"], [good, row])
+        problem = check(metadata(asked("wine glass")))
+        assert f"reward {name}: the prompt 'bad' asks for a wine glass;" in problem
+        assert "geneval_photo" in problem and "circle" in problem
+        assert "pink circle" in check(metadata(asked("circle", color="pink")))
+        place = metadata(asked("circle"), asked("cross", position=["left", 0]))
+        assert "'left'" in check(place) and "left of, right of, above, below" in check(place)
+        assert "*_metadata.jsonl" in check({})
+
+
 def test_jpeg_rewards_are_opposite_and_know_noise_from_paper():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8))
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (48, 48, 3), np.uint8))
     images = [noise, Image.new("RGB", (48, 48), "white")]
     small_wins = rewards.jpeg_compressibility()(images, ["", ""], None)
-    assert small_wins == [-s for s in rewards.jpeg_incompressibility()(images, ["", ""], None)]
+    large_wins = rewards.jpeg_incompressibility()(images, ["", ""], None)
+    assert small_wins == [-size for size in large_wins]
     assert small_wins[0] < 2 * small_wins[1] < 0
 
 
-def test_a_weighted_sum_keeps_its_parts(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text("def size(images, prompts, metadata):\n    return [i.width for i in images]\n")
-    loaded = rewards.load("jpeg_compressibility:0.5,mine:size:2")
-    images = [Image.new("RGB", (w, 8)) for w in (8, 16)]
-    scores = rewards.score(loaded, images, ["a", "b"], [{}, {}])
-    assert list(scores) == ["jpeg_compressibility", "mine:size", "reward"] and scores["mine:size"] == [8, 16]
-    close(scores["reward"], [0.5 * a + 2 * b for a, b in zip(*list(scores.values())[:2])])
+# Rewards of one's own: found by file, protected from each other, never trusted.
+
+MINE = '''
+import sys
+import helper
+def size(images, prompts, metadata): return [image.width for image in images]
+def paints(images, prompts, metadata):
+    for image, row in zip(images, metadata):
+        image.paste("red", (0, 0, *image.size))
+        row["asked"].clear()
+    return [1.0] * len(images)
+def looks(images, prompts, metadata):
+    return [image.getpixel((0, 0))[1] + len(row["asked"]) for image, row in zip(images, metadata)]
+def text(images, prompts, metadata): return "12"
+def table(images, prompts, metadata): return {1: 1.0, 2: 2.0}
+def once(images, prompts, metadata): return {1.0, 2.0}
+def leaves(images, prompts, metadata): sys.exit(0)
+def stops(images, prompts, metadata): return [float("nan")] * len(images)
+def short(images, prompts, metadata): return [1.0]
+def long_story(images, prompts, metadata): raise KeyError("two\\nlines")
+'''
+
+
+OTHER = '''
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Score:  # dataclasses look up the module that they are in
+    value: float = 3.0
+def fn(images, prompts, metadata): return [Score().value]
+'''
+
+
+@pytest.fixture
+def mine(desk):
+    for name, text in (("mine.py", MINE), ("helper.py", ""), ("bye.py", "raise SystemExit(0)")):
+        Path(name).write_text(text)
+    Path("sub").mkdir()
+    Path("sub/other.py").write_text(OTHER)
+    return lambda name: rewards.load(f"mine:{name}")
+
+
+def two_images():
+    return [Image.new("RGB", (width, 8), "white") for width in (8, 16)]
+
+
+def score_two(loaded):
+    rows = [{"asked": ["a", "b"]}, {"asked": ["c"]}]
+    return rewards.score(loaded, two_images(), ["first", "second"], rows)
+
+
+def test_a_weighted_sum_keeps_its_parts(mine):
+    scores = score_two(rewards.load("jpeg_compressibility:0.5,mine:size:2"))
+    assert list(scores) == ["jpeg_compressibility", "mine:size", "reward"]
+    assert scores["mine:size"] == [8, 16]
+    expected = [0.5 * a + 2 * b for a, b in zip(*list(scores.values())[:2])]
+    close(scores["reward"], expected)
+
+
+def test_no_reward_sees_what_another_did_to_its_images(mine):
+    images, rows = two_images(), [{"asked": ["a", "b"]}, {"asked": ["c"]}]
+    loaded = {**mine("paints"), **mine("looks")}
+    scores = rewards.score(loaded, images, ["first", "second"], rows)
+    assert scores["mine:looks"] == [257, 256]
+    assert images[0].getpixel((0, 0)) == (255, 255, 255) and rows[0]["asked"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name, says", [
+    ("text", "gave a str, not a list of numbers"),
+    ("table", "gave a dict, not a list of numbers"),
+    ("once", "gave a set, not a list of numbers"),
+    ("leaves", "SystemExit: 0 (mine.py line 15)"),
+    ("stops", "gave nan for 'first'"),
+    ("short", "gave 1 scores for 2 images"),
+    ("long_story", "KeyError: 'two\\nlines' (mine.py line 18)"),
+])
+def test_a_bad_result_stops_the_run_with_the_rewards_name(mine, name, says):
+    problem = error_of(score_two, mine(name))
+    assert f"reward mine:{name}" in problem and says in problem and "'first'" in problem
+
+
+@pytest.mark.parametrize("spec, says", [
+    ("ocrr", "--reward ocrr: choose from ocr, geneval,"),
+    ("", "--reward : choose from ocr, geneval,"),
+    ("mine:nothing", "--reward mine:nothing: mine has no function nothing"),
+    ("nofile:fn", "--reward nofile:fn: there is no nofile.py here, and Python cannot import"),
+    ("bye:fn", "--reward bye:fn: SystemExit: 0 (bye.py line 1)"),
+    ("ocr:1,jpeg_compressibility,jpeg_compressibility:2", "jpeg_compressibility is there twice"),
+    ("mine:broken:nan", "--reward mine:broken:nan"),  # nan is no weight, so it names a function
+])
+def test_a_reward_that_cannot_be_loaded_is_one_line(mine, monkeypatch, spec, says):
+    monkeypatch.setitem(rewards.REWARDS, "ocr", lambda: None)
+    assert says in error_of(rewards.load, spec)
+    other = says.replace("--reward ", "--eval_reward ")
+    assert other in error_of(rewards.load, spec, "--eval_reward")
+
+
+def test_a_file_is_loaded_by_its_path(mine):
+    assert score_two(rewards.load("mine.py:size"))["reward"] == [8, 16]
+    for spec in ("sub/other.py:fn", "sub/other:fn", f"{Path.cwd()}/sub/other.py:fn"):
+        (function, weight), = rewards.load(spec).values()
+        assert function([], [], []) == [3.0] and weight == 1
+    assert rewards.load("math:hypot")["math:hypot"][0](3, 4) == 5  # any module will do
+    # One that runs already is not run again.
+    assert rewards.load("flow_grpo:redness")["flow_grpo:redness"][0] is flow_grpo.redness
+
+
+def test_a_users_file_does_not_hide_a_library(mine):
+    """In a new process, as this one has imported everything."""
+    Path("colorsys.py").write_text("raise SystemExit('the wrong colorsys')")
+    script = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import rewards; "
+              "sys.path.remove(''); rewards.load('mine:size'); "
+              "import colorsys; print(colorsys.__file__)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(Path.cwd()) not in done.stdout
+
+
+# Rewards with models: tiny random ones of the real classes.
 
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
-    """A random CLIPModel with its processor in a folder; PickScore is one of these."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-    torch.manual_seed(0)
-    tokenizer, folder = clip_tokenizer(20), tmp_path_factory.mktemp("clip")
-    text = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                max_position_embeddings=20, bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1)
-    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32), tokenizer).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("clip")
+    tiny.clip(folder)
     return str(folder)
 
 
 @pytest.fixture
 def photos():
-    rng = np.random.default_rng(0)
-    colors = [(200, 40, 40), (40, 180, 60), (50, 60, 220)]
-    return [Image.fromarray((np.full((40, 48, 3), c) * rng.uniform(0.5, 1, (40, 48, 1))).astype(np.uint8)) for c in colors]
+    rng, photos = np.random.default_rng(0), []
+    for color in [(200, 40, 40), (40, 180, 60), (50, 60, 220)]:
+        pixels = np.full((40, 48, 3), color) * rng.uniform(0.5, 1, (40, 48, 1))
+        photos.append(Image.fromarray(pixels.astype(np.uint8)))
+    return photos
 
 
 def test_clip_rewards_score_each_image_with_its_own_prompt(tiny_clip, photos):
     """Against the model called by hand, one image and one prompt at a time, without padding."""
     from transformers import CLIPModel, CLIPProcessor
-    model, processor = CLIPModel.from_pretrained(tiny_clip), CLIPProcessor.from_pretrained(tiny_clip)
+    model = CLIPModel.from_pretrained(tiny_clip)
+    processor = CLIPProcessor.from_pretrained(tiny_clip)
     prompts = ["a red wall", "grass", "x" * 60]  # the last is cut at the model's 20 tokens
-    cosine, scale = [], model.logit_scale.exp().item()
+    cosines, scale = [], model.logit_scale.exp().item()
     for image, prompt in zip(photos, prompts):
-        inputs = processor(images=image, text=prompt, return_tensors="pt", truncation=True, max_length=20)
-        out = model(**inputs)
-        cosine.append(torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds).item())
-    for reward, expected in ((rewards.pickscore(name=tiny_clip, processor=tiny_clip), [scale * c / 26 for c in cosine]),
-                             (rewards.pickscore(scale=1, name=tiny_clip, processor=tiny_clip), [scale * c for c in cosine]),
-                             (rewards.clipscore(name=tiny_clip), [100 * c for c in cosine])):
-        together = reward(photos, prompts, None)
-        close(together, expected, 1e-4)
-        close(together, [reward([i], [p], None)[0] for i, p in zip(photos, prompts)], 1e-4)
+        out = model(**processor(images=image, text=prompt, return_tensors="pt", truncation=True,
+                                max_length=20))
+        cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
+        cosines.append(cosine.item())
+    names = dict(name=tiny_clip, processor=tiny_clip)
+    for reward, factor in ((rewards.pickscore(**names), scale / 26),
+                           (rewards.pickscore_unscaled(**names), scale),
+                           (rewards.clipscore(name=tiny_clip), 100)):
+        expected = [factor * cosine for cosine in cosines]
+        close(reward(photos, prompts, None), expected, 1e-4)
+        close([reward([i], [p], None)[0] for i, p in zip(photos, prompts)], expected, 1e-4)
         assert reward(photos, prompts[::-1], None)[0] != pytest.approx(expected[0], rel=1e-3)
+        many = reward(photos * 20, prompts * 20, None)  # more than one batch
+        close(many, expected * 20, 1e-4)
 
 
 def test_aesthetic_is_a_linear_head_on_the_normalised_embedding(tiny_clip, photos, tmp_path):
     from transformers import CLIPModel, CLIPProcessor
     torch.manual_seed(0)
-    head = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Dropout(), torch.nn.Linear(8, 1)).eval()
-    torch.save({f"layers.{key}": value for key, value in head.state_dict().items()}, tmp_path / "head.pth")
+    linear, dropout = torch.nn.Linear, torch.nn.Dropout
+    head = torch.nn.Sequential(linear(16, 8), dropout(), linear(8, 1)).eval()
+    state = {f"layers.{key}": value for key, value in head.state_dict().items()}
+    torch.save(state, tmp_path / "head.pth")
     reward = rewards.aesthetic(name=tiny_clip, head=str(tmp_path / "head.pth"))
-    inputs = CLIPProcessor.from_pretrained(tiny_clip)(images=photos, text=[""] * 3, return_tensors="pt")
+    processor = CLIPProcessor.from_pretrained(tiny_clip)
+    inputs = processor(images=photos, text=[""] * 3, return_tensors="pt")
     embeds = CLIPModel.from_pretrained(tiny_clip)(**inputs).image_embeds
     expected = head(embeds / embeds.norm(dim=-1, keepdim=True))[:, 0].tolist()
     close(reward(photos, ["ignored"] * 3, None), expected, 1e-4)
-    close([reward([image], [""], None)[0] for image in photos], expected, 1e-4)
-    torch.save({"layers.0.weight": print}, tmp_path / "evil.pth")  # anything but tensors is refused
+    torch.save({"layers.0.weight": print}, tmp_path / "evil.pth")  # code in place of a tensor
     with pytest.raises(Exception, match="(?i)weights"):
         rewards.aesthetic(name=tiny_clip, head=str(tmp_path / "evil.pth"))
 
 
+OTHER_LABELS = {3: "motorbike", 4: "aeroplane", 57: "sofa", 58: "pottedplant", 60: "diningtable",
+                62: "tvmonitor", 64: "mouse", 65: "remote", 66: "keyboard"}
+
+
 @pytest.fixture(scope="module")
 def tiny_detector(tmp_path_factory):
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
-    folder = tmp_path_factory.mktemp("detector")
-    torch.manual_seed(0)
-    swin = SwinConfig(image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2,
-                      out_features=["stage1", "stage2", "stage3", "stage4"])
-    labels = {0: "dog", 1: "mouse"}
-    Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, encoder_layers=1,
-        decoder_layers=2, num_attention_heads=2, dim_feedforward=32, num_queries=10, id2label=labels,
-        label2id={v: k for k, v in labels.items()})).save_pretrained(folder)
-    Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}).save_pretrained(folder)
-    return str(folder)
+    """A function: a number -> a detector with so many labels, some of them in RT-DETR's words"""
+    def make(number):
+        folder = tmp_path_factory.mktemp("detector")
+        tiny.detector(folder, dict(enumerate(rewards.PHOTO_CLASSES[:number])) | OTHER_LABELS)
+        return str(folder)
+    return make
 
 
-def test_geneval_photo_scores_what_the_detector_finds(tiny_detector, tiny_clip, photos, monkeypatch):
-    """The detector's output is set by hand; thresholds, names, boxes and colours are the reward's."""
+@pytest.fixture
+def photo_score(tiny_detector, tiny_clip, photos, monkeypatch):
+    """-> the score of a row when the detector finds what is listed: [(left, right, label, sure)]"""
     from transformers import Mask2FormerImageProcessor
-    mask = lambda left, right: torch.tensor(np.pad(np.ones((20, right - left)), ((10, 10), (left, 48 - right))))
-    asked = []
+    reward = rewards.geneval_photo(detector=tiny_detector(80), name=tiny_clip)
+    objects = asked("dog")
+    assert reward(photos[:1], ["p"], [metadata(objects)])[0] <= 1  # the random detector itself
 
-    def result(processor, outputs, threshold, target_sizes, return_binary_maps):
-        asked.append((threshold, target_sizes))
-        found = [(mask(2, 12), 0, 0.95), (mask(30, 44), 1, 0.5), (mask(14, 24), 0, 0.8)]
-        found = [f for f in found if f[2] > threshold]
-        return [{"segmentation": torch.stack([f[0] for f in found]),
-                 "segments_info": [{"label_id": f[1], "score": f[2]} for f in found]}]
-    row = lambda *include, tag="": {"tag": tag, "include": list(include)}
-    reward = rewards.geneval_photo(detector=tiny_detector, name=tiny_clip)
-    score = lambda row: reward(photos[:1], ["p"], [row])[0]
-    assert score(row({"class": "dog", "count": 1})) <= 1  # once with the random detector itself
-    monkeypatch.setattr(Mask2FormerImageProcessor, "post_process_instance_segmentation", result)
-    assert score(row({"class": "dog", "count": 2})) == 1 and asked[-1] == (0.3, [(40, 48)])
-    assert score(row({"class": "dog", "count": 1}, tag="counting")) == 1 and asked[-1][0] == 0.9
-    pair = {"class": "computer mouse", "count": 1}, {"class": "dog", "count": 2, "position": ["left of", 0]}
-    assert score(row(*pair)) == 1
-    assert score(row(*pair[:1], {**pair[1], "position": ["right of", 0]})) == pytest.approx(2 / 3)
-    colors = [score(row({"class": "computer mouse", "count": 1, "color": color})) for color in rewards.PHOTO_COLORS]
-    assert sorted(colors) == [0.5] * 9 + [1]  # the random CLIP names one of the ten
-    with pytest.raises(rewards.RewardError, match="a photo.*zebra"):
-        reward(photos[:1], ["a photo of a zebra"], [row({"class": "zebra", "count": 1})])
+    def score(found, *include, tag=""):
+        def result(processor, outputs, threshold, target_sizes, return_binary_maps):
+            assert target_sizes == [(40, 48)]
+            masks, infos = [torch.zeros(40, 48)], [{"label_id": 0, "score": 1.0}]  # an empty one
+            for left, right, label, sure in found:
+                if sure > threshold:
+                    masks.append(torch.zeros(40, 48))
+                    masks[-1][10:30, left:right] = 1
+                    infos.append({"label_id": label, "score": sure})
+            return [{"segmentation": torch.stack(masks), "segments_info": infos}]
+        monkeypatch.setattr(Mask2FormerImageProcessor, "post_process_instance_segmentation", result)
+        return reward(photos[:1], ["p"], [metadata(*include, tag=tag)])[0]
+    return score
 
 
-def test_taste_has_a_term_for_each_flaw():
-    row = {"tag": "color_attr", "include": [{"class": "circle", "count": 1, "color": "red"}, {"class": "square", "count": 1, "color": "blue"}]}
+DOG, MOUSE, MOTORBIKE = 16, 64, 3
+
+
+def test_geneval_photo_scores_what_the_detector_finds(photo_score):
+    """The detector's output is set by hand. Thresholds, boxes and colours are the reward's."""
+    found = [(2, 12, DOG, 0.95), (30, 44, MOUSE, 0.5), (14, 24, DOG, 0.8), (20, 29, DOG, 0.2)]
+    assert photo_score(found, asked("dog", 2)) == 1  # above 0.3
+    assert photo_score(found, asked("dog"), tag="counting") == 1  # above 0.9
+    assert photo_score([(2, 12, DOG, 0.5)] * 20, asked("dog", 16)) == 1  # at most 16 of a class
+    mouse, dogs = asked("computer mouse"), asked("dog", 2, position=["left of", 0])
+    assert photo_score(found, mouse, dogs) == 1
+    dogs["position"] = ["right of", 0]
+    assert photo_score(found, mouse, dogs) == pytest.approx(2 / 3)
+    assert photo_score(found, asked("person")) == 0  # an empty mask is no object
+    colors = rewards.PHOTO_COLORS
+    scores = [photo_score(found, asked("computer mouse", color=color)) for color in colors]
+    assert sorted(scores) == [0.5] * 9 + [1]  # the random CLIP names one of the ten
+
+
+@pytest.mark.parametrize("index, name", [
+    (3, "motorcycle"), (4, "airplane"), (57, "couch"), (58, "potted plant"), (60, "dining table"),
+    (62, "tv"), (64, "computer mouse"), (65, "tv remote"), (66, "computer keyboard"),
+    (0, "person"), (79, "toothbrush")])
+def test_classes_are_known_by_their_number_whatever_the_model_calls_them(photo_score, index, name):
+    assert photo_score([(2, 12, index, 0.95)], asked(name)) == 1
+
+
+def test_geneval_photo_refuses_what_it_cannot_know(tiny_detector, tiny_clip):
+    loaded = {"geneval_photo": (rewards.geneval_photo(tiny_detector(80), tiny_clip), 1)}
+    rewards.check(loaded, ["p"], [metadata(asked("couch", color="pink"))])
+    problem = error_of(rewards.check, loaded, ["p"], [metadata(asked("sofa"))])
+    assert "the prompt 'p' asks for a sofa;" in problem and "couch" in problem
+    problem = error_of(rewards.geneval_photo, tiny_detector(67), tiny_clip)
+    assert "has 67 labels" in problem and "COCO's 80" in problem
+
+
+def test_taste_has_a_term_for_each_flaw(world):
+    row = metadata(asked("circle", color="red"), asked("square", color="blue"), tag="color_attr")
+
     def picture(radius=9, apart=12, shift=0, fade=0.0, noise=0, second="blue"):
         image = Image.new("RGB", (192, 192), (245, 245, 245))
+        draw = world.ImageDraw.Draw(image)
         for x, shape, color in ((24 - apart, "circle", "red"), (24 + apart, "square", second)):
-            color = tuple(round(c + fade * (245 - c)) for c in rewards.COLORS[color])
-            rewards.draw_shape(rewards.ImageDraw.Draw(image), shape, 4 * x, 4 * (24 + shift), 4 * radius, color)
-        pixels = np.asarray(image.resize((48, 48), Image.LANCZOS)) + np.random.default_rng(0).normal(0, noise, (48, 48, 3))
+            ink = world.fade(world.COLORS[color], (245, 245, 245), fade)
+            world.draw_shape(draw, shape, 4 * x, 4 * (24 + shift), 4 * radius, ink)
+        clouds = np.random.default_rng(0).normal(0, noise, (48, 48, 3))
+        pixels = np.asarray(image.resize((48, 48), Image.LANCZOS)) + clouds
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    taste = rewards.toy_taste()
-    flaws = [dict(radius=6), dict(apart=9.5), dict(shift=11), dict(fade=0.4), dict(noise=12), dict(second="green")]
-    best, *flawed = taste([picture(), *(picture(**flaw) for flaw in flaws)], ["a"] * 7, [row] * 7)
-    assert 0.9 < best <= 1 and all(score < best - 0.02 for score in flawed)
-    assert taste([Image.new("RGB", (48, 48), "white")], ["a"], [row]) == [0.0]
+
+    flaws = [dict(radius=6), dict(apart=9.5), dict(shift=11), dict(fade=0.4), dict(noise=12),
+             dict(second="green")]
+    pictures = [picture(), *(picture(**flaw) for flaw in flaws)]
+    best, *flawed = rewards.toy_taste()(pictures, ["a"] * 7, [row] * 7)
+    assert 0.9 < best <= 1
+    assert all(score < best - 0.02 for score in flawed)
+    assert rewards.toy_taste()([Image.new("RGB", (48, 48), "white")], ["a"], [row]) == [0.0]
+
+
+def test_toy_sign_likes_what_the_painter_made_and_toy_inks_what_is_rare(world):
+    signs = [world.paint_sign("CAT", random.Random(i)) for i in range(12)]
+    quality = rewards.toy_sign()(signs, None, None)
+    assert min(quality) > 0.8 and max(quality) <= 1
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8))
+    assert rewards.toy_sign()([noise], None, None)[0] < 0.6
+    red, blue = (Image.new("RGB", (48, 48), "white") for _ in range(2))
+    red.paste(world.COLORS["red"], (10, 10, 30, 30))
+    blue.paste(world.COLORS["blue"], (10, 10, 30, 30))
+    assert rewards.toy_inks()([red, red, red, blue], None, None) == [0.25, 0.25, 0.25, 0.75]
 
 
 def test_toy_pickscore_has_learned_the_taste(world):
-    """Through the same lines as PickScore; on pairs of the held-out captions, and each image with its own prompt."""
-    pairs, tastes, prompts = world.paint_pairs(("test", 150, 1))
-    images = [Image.fromarray(image) for pair in pairs for image in pair]
+    """Through the same lines as PickScore, on pairs of paintings for held-out captions."""
+    rng = random.Random("test")
+    lines = (HERE / "toy/geneval/test_metadata.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(rng.choice(lines)) for _ in range(150)]
+    rows = [row for row in rows for _ in range(2)]
+    prompts = [row["prompt"] for row in rows]
+    images = [world.paint_scene(row, rng, careless=rng.random() < 0.3, restless=True)
+              for row in rows]
+    tastes = np.reshape(rewards.toy_taste()(images, prompts, rows), (150, 2))
     pick = rewards.toy_pickscore()
-    scores = pick(images, [p for p in prompts for _ in range(2)], None)
-    right = [(a > b) == (c > d) for (a, b), (c, d) in zip(np.reshape(scores, (-1, 2)), tastes)]
-    assert np.mean(right) > 0.65  # 0.77 of 2,000; a coin gives 0.5 +- 0.04 of 150
-    assert pick(images[4:5], prompts[2:3], None) == pytest.approx(scores[4:5], abs=1e-4)
-    assert np.mean(pick(images, [p for p in prompts[::-1] for _ in range(2)], None)) < np.mean(scores)
+    scores = pick(images, prompts, None)
+    picks = np.reshape(scores, (150, 2))
+    right = (picks[:, 0] > picks[:, 1]) == (tastes[:, 0] > tastes[:, 1])
+    assert right.mean() > 0.65  # 0.77 of 2,000; a coin gives 0.5 +- 0.04
+    assert pick(images[4:5], prompts[4:5], None) == pytest.approx(scores[4:5], abs=1e-4)
+    assert np.mean(pick(images, prompts[::-1], None)) < np.mean(scores)
 
 
 @pytest.fixture(scope="module")
 def tiny_vlm(tmp_path_factory):
-    """A random Qwen2.5-VL that speaks letter by letter and must answer with one digit -> its folder"""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    ids = {token: i for i, token in enumerate([*map(chr, range(32, 127)), "\n", *special])}
-    letters = Tokenizer(models.WordLevel(ids, unk_token=" "))
-    letters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<|endoftext|>", eos_token="<|im_end|>",
-                                        additional_special_tokens=special[1:])
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{m.role}}\n{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|>"
-        "<|vision_end|>{% else %}{{c.text}}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant{{'\n'}}")
-    torch.manual_seed(3)
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(ids), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3]),
-                         bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]),
-        vision_config=dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=32, fullatt_block_indexes=[0],
-                           window_size=56),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"]))
-    for p in model.parameters():
-        p.data *= 6 if p.ndim > 1 else 1  # so that images and prompts make a difference
-    model.generation_config.begin_suppress_tokens = [i for token, i in ids.items() if token not in "12345"]
-    model.generation_config.forced_eos_token_id = ids["<|im_end|>"]
     folder = tmp_path_factory.mktemp("vlm")
-    for part in (model, tokenizer, Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=112 * 112)):
-        part.save_pretrained(folder)
-    return folder, model.eval(), ids
+    return folder, *tiny.vlm(folder)
+
+
+def expected_digit(tiny_vlm, image, prompt):
+    """By one forward pass, with the question and the image's places spelled out here."""
+    _, model, ids = tiny_vlm
+    h, w = image.height // 14, image.width // 14  # patches, of which 2x2 make a token
+    text = ["<|im_start|>", *"user\n", "<|vision_start|>", *["<|image_pad|>"] * (h * w // 4),
+            "<|vision_end|>", *rewards.QUESTION.format(prompt=prompt), "<|im_end|>", "\n",
+            "<|im_start|>", *"assistant\n"]
+    tokens = torch.tensor([[ids[token] for token in text]])
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
+    pixels = ((np.asarray(image) / 255 - mean) / std).transpose(2, 0, 1)
+    pixels = pixels[None].repeat(2, 0)  # [2 frames, 3, H, W]
+    pixels = pixels.reshape(1, 2, 3, h // 2, 2, 14, w // 2, 2, 14)
+    pixels = pixels.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(h * w, -1)
+    with torch.no_grad():
+        logits = model(
+            input_ids=tokens, pixel_values=torch.tensor(pixels, dtype=torch.float32),
+            image_grid_thw=torch.tensor([[1, h, w]]),
+            mm_token_type_ids=(tokens == ids["<|image_pad|>"]).int()).logits
+    return int(max("12345", key=lambda digit: logits[0, -1, ids[digit]])) / 5
 
 
 def test_vlm_rates_each_image_for_its_own_prompt(tiny_vlm):
-    """Against one forward pass for each pair, with the question and the image's places spelled out here."""
-    folder, model, ids = tiny_vlm
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (56 + 28 * (k % 3), 84, 3), dtype=np.uint8)) for k in range(10)]
+    sizes = [(56 + 28 * (k % 3), 84, 3) for k in range(10)]
+    images = [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
     prompts = [f"caption {'abcdefghij'[k] * (k + 1)}" for k in range(10)]
-    def expected(image, prompt):
-        patches = (image.height // 28) * (image.width // 28)
-        text = ["<|im_start|>", *"user\n", "<|vision_start|>", *["<|image_pad|>"] * patches, "<|vision_end|>",
-                *rewards.QUESTION.format(prompt=prompt), "<|im_end|>", "\n", "<|im_start|>", *"assistant\n"]
-        tokens = torch.tensor([[ids[token] for token in text]])
-        mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
-        pixels = ((np.asarray(image) / 255 - mean) / std).transpose(2, 0, 1)[None].repeat(2, 0)  # [2 frames, 3, H, W]
-        h, w = image.height // 14, image.width // 14
-        pixels = pixels.reshape(1, 2, 3, h // 2, 2, 14, w // 2, 2, 14).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
-        with torch.no_grad():
-            logits = model(input_ids=tokens, pixel_values=torch.tensor(pixels.reshape(h * w, -1), dtype=torch.float32),
-                           image_grid_thw=torch.tensor([[1, h, w]]), mm_token_type_ids=(tokens == ids["<|image_pad|>"]).int()).logits
-        return max("12345", key=lambda digit: logits[0, -1, ids[digit]])
-    rate = rewards.vlm(folder)
-    digits = [int(expected(*pair)) / 5 for pair in zip(images, prompts)]
+    rate = rewards.vlm(tiny_vlm[0])
+    digits = [expected_digit(tiny_vlm, *pair) for pair in zip(images, prompts)]
     assert len(set(digits)) > 2
     assert rate(images, prompts, None) == digits
-    assert [rate([image], [prompt], None)[0] for image, prompt in zip(images, prompts)] == digits
-    assert rate(images, prompts[::-1], None) == [int(expected(*pair)) / 5 for pair in zip(images, prompts[::-1])] != digits
+    assert [rate([i], [p], None)[0] for i, p in zip(images, prompts)] == digits
+    turned = [expected_digit(tiny_vlm, *pair) for pair in zip(images, prompts[::-1])]
+    assert rate(images, prompts[::-1], None) == turned != digits
 
 
 def test_a_rating_is_one_digit():
     assert rewards.rating("4", "") == 0.8 == rewards.rating(" 4.\n", "")
     for answer in ("", "6", "4 or 5", "I would say 4", "45", "0", "3.5"):
-        with pytest.raises(rewards.RewardError, match="a cat"):
-            rewards.rating(answer, "a cat")
+        assert "a cat" in error_of(rewards.rating, answer, "a cat")
 
 
 @pytest.mark.parametrize("name", ["pickscore", "clipscore", "aesthetic", "geneval_photo", "vlm"])
-def test_without_weights_a_reward_says_so_in_one_line(name, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(rewards.RewardError, match=r"its model \S+/\S+ \([\d.]+ GB\) cannot be loaded") as error:
-        rewards.load(name)
-    assert "\n" not in str(error.value)
-    assert not huggingface_hub.utils.are_progress_bars_disabled()  # gigabytes must not look like a hang
+def test_without_weights_a_reward_says_so_in_one_line(name, monkeypatch, capfd):
+    """The hub cannot be reached: it is asked once, not for a minute, and prints nothing."""
+    def unreachable(self, name, timeout):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    problem = error_of(rewards.load, name, "--eval_reward")
+    assert problem.startswith(f"--eval_reward {name}: its model ")
+    assert " GB) cannot be loaded: ConnectionError: no network;" in problem
+    assert capfd.readouterr().err == ""
+    assert not huggingface_hub.utils.are_progress_bars_disabled()  # a download is no hang
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# --------------------------------------------------------------------------- options and mistakes
 
 CUSTOM = '''
-calls = 0
-def fine(images, prompts, metadata): return [float(len(p)) for p in prompts]
-def by_hue(images, prompts, metadata): return [float(i.resize((1, 1)).getpixel((0, 0))[0]) for i in images]
-def raises(images, prompts, metadata): return [1 / 0 for p in prompts]
-def nan(images, prompts, metadata): return [float("nan") for p in prompts]
-def short(images, prompts, metadata): return [1.0]
-def later(images, prompts, metadata):
-    global calls
-    calls += 1  # the check at the start, the evaluation, epochs 0 and 1; then
-    return [i / len(images) if calls < 5 else 1 / 0 for i in range(len(images))]
+def fine(images, prompts, metadata): return [float(len(prompt)) for prompt in prompts]
+def ink(images, prompts, metadata):
+    return [-float(sum(image.resize((1, 1)).getpixel((0, 0)))) for image in images]
+def keeps_the_first(images, prompts, metadata):
+    images[0].save("first.png")
+    return ink(images, prompts, metadata)
+def raises(images, prompts, metadata): return [1 / 0 for prompt in prompts]
 '''
-TINY = ["--groups", "2", "--group_size", "4", "--eval_prompts", "2", "--eval_steps", "2", "--train_steps", "4", "--window",
-        "1", "--epochs", "1"]
+TINY = ("--groups 2 --group_size 4 --eval_prompts 2 --eval_steps 2 --train_steps 4 --window 1 "
+        "--latest_start 1 --no-same_noise --beta 0.1 --learning_rate 1.5e-3 --epochs 1").split()
+
+
+def run(*options):
+    flow_grpo.main([str(option) for option in options])
+
+
+def metrics(folder):
+    """Those of a run, without the seconds"""
+    rows = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+    return [{key: row[key] for key in row if key != "seconds"} for row in rows]
 
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
-    """An empty current folder with a few files that a user might have."""
+    """An empty current folder with a user's rewards"""
     monkeypatch.chdir(tmp_path)
     Path("custom.py").write_text(CUSTOM)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    sys.modules.pop("custom", None)
-    Path("noquotes").mkdir()
-    for split in ("train", "test"):
-        Path(f"noquotes/{split}.txt").write_text("a sign without words\n")
-    for folder, line in (("benches", '{"prompt": "a photo of a bench", "include": [{"class": "bench", "count": 1}]}'),
-                         ("broken", '{"text": "no prompt here"}')):
-        Path(folder).mkdir()
-        for split in ("train", "test"):
-            Path(f"{folder}/{split}_metadata.jsonl").write_text(line + "\n")
-    Path("empty").mkdir()
-    Path("empty/train.txt").write_text("\n")
-    return tmp_path
+    handler = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def refused(desk, capsys):
+    """A function: options of a run that must end with exit code 2 and one line -> that line"""
+    def line_of(*options):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run(*options)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        assert stopped.value.code == 2 and len(lines) == 1, lines
+        assert lines[0].startswith("flow_grpo.py: ")
+        return lines[0]
+    return line_of
 
 
 @pytest.mark.parametrize("options, says", [
-    (["--reward", "ocrr"], ["ocrr", "ocr", "geneval"]),
-    (["--reward", "custom:nothing"], ["custom has no function nothing"]),
-    (["--reward", "nofile:nothing"], ["nofile"]),
-    (["--reward", "custom:raises"], ["custom:raises", "ZeroDivisionError", "custom.py line 5", "a photo of"]),
-    (["--reward", "custom:nan"], ["custom:nan", "nan", "a photo of"]),
-    (["--reward", "custom:short"], ["custom:short", "1 scores for 2 images"]),
-    (["--reward", "ocr", "--dataset", "noquotes"], ["a sign without words", "double quotes"]),
-    (["--reward", "geneval", "--dataset", "noquotes"], ["a sign without words", "metadata"]),
-    (["--reward", "geneval", "--dataset", "benches"], ["a photo of a bench", "circle"]),
-    (["--dataset", "broken"], ["--dataset broken", "train_metadata.jsonl", "prompt"]),
-    (["--reward", "ocr:1,ocr:2"], ["ocr is there twice"]),
-    (["--reward", "custom:broken:nan"], ["custom:broken:nan"]),
-    (["--resolution", "50"], ["--resolution 50", "multiple of 8"]),
-    (["--dataset", "nowhere"], ["--dataset nowhere", "train.txt"]),
-    (["--dataset", "empty"], ["--dataset empty"]),
-    (["--model", "./nowhere"], ["--model ./nowhere"]),
-    (["--group_size", "1"], ["--group_size 1", "2 or more"]),
-    (["--updates", "3"], ["--updates 3", "--group_size 4", "2 or 4"]),
-    (["--eval_reward", "jpeg"], ["--reward jpeg", "ocr"]),
-    (["--window", "3"], ["--window 3", "4 steps"]),
-    (["--learning_rat", "1"], ["--learning_rat", "did you mean --learning_rate?"]),
-    (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
-    (["--learning_rate", "0"], ["--learning_rate 0", "or more"]),
-    (["--precision", "fp8"], ["--precision fp8", "fp32 or bf16"]),
-    (["--preset", "sd4"], ["--preset sd4", "sd3.5-medium"]),
-    (["--std_over", "all"], ["--std_over all", "batch or group"]),
-    (["--name", "x", "--resume"], ["--resume", "holds no run"]),
+    ("--learning_rat 1", "--learning_rat"), ("--learning_rate fast", "--learning_rate"),
+    ("--learning_rate 0", "--learning_rate 0"), ("--learning_rate nan", "--learning_rate nan"),
+    ("--learning_rate inf", "--learning_rate inf"), ("--beta 1e30", "--beta 1e[+]30"),
+    ("--noise_level 0", "--noise_level 0"), ("--guidance inf", "--guidance inf"),
+    ("--sde cps --noise_level 1", "noise_level 1"), ("--sde ode", "sde ode"),
+    ("--seed -1", "--seed -1"), ("--seed 18446744073709551616", "--seed 18446744073709551616"),
+    ("--precision fp8", "precision fp8"), ("--std_over all", "std_over all"),
+    ("--preset sd4", "preset sd4.*sd3.5-medium"), ("--report_to nonsense", "report_to nonsense"),
+    ("--group_size 1 --updates 1", "group_size 1"), ("--updates 3", "group_size 4.*updates 3"),
+    ("--window 3", "window 3.*train_steps 4"), ("--ema_decay 1", "ema_decay 1"),
+    ("--resolution 50", "--resolution 50.*multiple of 8"), ("--resolution 0", "--resolution 0"),
+    ("--resolution 104", "--resolution 104"), ("--resolution 128", "--resolution 128"),
+    ("--reward ocrr", "--reward ocrr.*ocr, .*geneval"), ("--reward=", "--reward"),
+    ("--reward custom:raises", "custom:raises.*ZeroDivisionError.*custom.py line"),
+    ("--eval_reward jpeg", "--eval_reward jpeg"), ("--model ./nowhere", "--model ./nowhere"),
+    ("--resume runs/nothing", "--resume runs/nothing"),
 ])
-def test_a_mistake_gives_one_clear_line_and_exit_code_2(desk, capsys, options, says):
-    with pytest.raises(SystemExit) as stopped:
-        flow_grpo.main([*TINY, *options])
-    error = [line for line in capsys.readouterr().err.splitlines() if not re.search(r"\d+/\d+ \[|^\s*$", line)]
-    assert stopped.value.code == 2 and len(error) == 1
-    for part in says:
-        assert part in error[0]
+def test_a_mistake_gives_one_clear_line_and_exit_code_2(refused, options, says):
+    assert re.search(says, refused(*TINY, *options.split()))
+    assert not Path("runs").exists()
 
 
-def test_a_reward_that_fails_late_leaves_the_last_checkpoint(desk, capsys):
-    options = [*TINY, "--epochs", "4", "--save_every", "1", "--name", "x", "--reward", "custom:later"]
-    with pytest.raises(SystemExit):
-        flow_grpo.main(options)
-    assert re.search(r"epoch 2: reward custom:later failed: .*--resume --name x$", one_line(capsys))
-    assert len(load_file("runs/x/checkpoint/state.safetensors")) > 100
-    assert [json.loads(line)["epoch"] for line in open("runs/x/metrics.jsonl")] == [0, 1]
-    sys.modules.pop("custom")  # the user mends it
-    Path("custom.py").write_text(CUSTOM.replace("1 / 0 for i in range", "0.5 for i in range"))
-    flow_grpo.main(["--resume", "--name", "x"])
-    rows = [json.loads(line) for line in open("runs/x/metrics.jsonl")]
-    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4]
-    flow_grpo.main(["--resume", "--name", "x", "--epochs", "5"])  # and it may go on for longer
-    longer = [json.loads(line) for line in open("runs/x/metrics.jsonl")]
-    assert longer[:4] == rows[:4] and [row["epoch"] for row in longer] == [0, 1, 2, 3, 4, 5]
-    assert "eval_reward" in longer[4] and "reward" in longer[4]
-    with pytest.raises(SystemExit):
-        flow_grpo.main(["--resume", "--name", "x", "--epochs", "3"])
-    assert "already at 5" in capsys.readouterr().err
+SIGN = b'a sign that says "CAT"\n'
+BENCH = b'{"prompt": "a photo of a bench", "include": [{"class": "bench", "count": 1}]}\n'
+CIRCLE = BENCH.replace(b"bench", b"circle")
 
 
-def test_a_run_writes_what_the_readme_says(desk, capsys):
-    flow_grpo.main([*TINY, "--reward", "custom:fine:2,jpeg_compressibility:0.1", "--name", "x", "--beta", "0.1"])
-    for name in ("config.json", "metrics.jsonl", "curve.png", "before_after.png", "samples/0000.png", "samples/0001.png",
-                 "checkpoint/state.safetensors", "pytorch_lora_weights.safetensors"):
-        assert (desk / "runs/x" / name).stat().st_size > 0
-    first, last = map(json.loads, open("runs/x/metrics.jsonl"))
-    readme = (HERE / "README.md").read_text()
-    for key in (*first, *last):
-        assert f"`{key}`" in readme or f"`{key.split('/')[0]}/" in readme, f"README.md does not explain {key}"
-    assert {"reward", "reward_std", "group_std", "no_signal", "policy_loss", "kl", "ratio", "ratio_deviation", "clip_low",
-            "clip_high", "grad_norm", "seconds_sampling", "seconds_reward", "seconds_update", "eval_reward",
-            "eval_accuracy", "eval_diversity"} <= set(first)
-    assert set(last) >= {"epoch", "eval_reward", "eval_accuracy", "eval_diversity"}
-    assert "runs/x" in capsys.readouterr().out
-    assert not huggingface_hub.utils.are_progress_bars_disabled()  # a hub model's gigabytes must not look like a hang
-    with pytest.raises(SystemExit):  # nothing is overwritten by accident
-        flow_grpo.main([*TINY, "--name", "x"])
-    assert "exists" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        flow_grpo.main(["--name", "x", "--resume", "--group_size", "8"])
-    assert "--group_size 8: the run to resume has 4" in capsys.readouterr().err
-    flow_grpo.main(["--resume", "--name", "x", "--epochs", "2", "--learning_rate", "0.02"])
-    assert json.loads(Path("runs/x/config.json").read_text())["learning_rate"] == 0.02
-    Path("runs/keep").mkdir()
-    os.rename("runs/x", "runs/keep/y")  # it goes by its folder, not by the name that it once had
-    flow_grpo.main(["--resume", "--name", "keep/y", "--eval_prompts", "1", "--eval_per_prompt", "3"])
-    saved = json.loads(Path("runs/keep/y/config.json").read_text())
-    assert (saved["name"], saved["epochs"], saved["eval_prompts"]) == ("keep/y", 2, 1) and not Path("runs/x").exists()
-    away = str(desk / "away")  # a folder anywhere
-    flow_grpo.main([*TINY, "--name", away])
-    flow_grpo.main(["--resume", "--name", away, "--epochs", "2"])
-    assert json.loads(Path(away, "config.json").read_text())["name"] == away
+@pytest.mark.parametrize("reward, name, content, says", [
+    ("ocr", "test.txt", SIGN + b"no quotes\n", "'no quotes'.*double quotes"),
+    ("ocr", "train.txt", SIGN + b"no quotes\n", "'no quotes'.*double quotes"),
+    ("ocr", "train.txt", 'a café that says "CAT"'.encode("latin-1"), "train.txt.*UTF-8"),
+    ("ocr", "train.txt", b"\n\n", "train prompt"),
+    ("geneval", "train_metadata.jsonl", CIRCLE + BENCH, "a photo of a bench.*circle"),
+    ("geneval", "test_metadata.jsonl", CIRCLE + b'{"text": "a"}\n', "test.*after 1 good.*prompt"),
+    ("geneval", "train_metadata.jsonl", CIRCLE * 2 + b'{"prompt": null}\n', "after 2 good"),
+    ("geneval", "train_metadata.jsonl", b'{"prompt": 7}\n', "after 0 good"),
+    ("geneval", "train_metadata.jsonl", CIRCLE + b"[1]\n", "after 1 good"),
+    ("geneval", "train_metadata.jsonl", CIRCLE + b'{"prompt": \n', "after 1 good"),
+])
+def test_every_prompt_is_checked_at_the_start(refused, reward, name, content, says):
+    Path("data").mkdir()
+    options = [*TINY, "--reward", reward, "--dataset", "data"]
+    assert "train.txt" in refused(*options)
+    for split in ("train", "test"):
+        Path(f"data/{split}.txt").write_bytes(SIGN)
+        if reward == "geneval":
+            os.rename(f"data/{split}.txt", f"data/{split}_metadata.jsonl")
+            Path(f"data/{split}_metadata.jsonl").write_bytes(CIRCLE)
+    Path("data", name).write_bytes(content)
+    assert re.search(says, refused(*options)) and not Path("runs").exists()
 
 
-def test_the_readme_points_at_the_right_lines():
-    readme, lines = (HERE / "README.md").read_text(), (HERE / "flow_grpo.py").read_text().splitlines()
-    links = re.findall(r"\[`?(\w+)`?\]\(flow_grpo\.py#L(\d+)\)", readme)
-    assert len(links) >= 7
-    for name, number in links:
-        assert re.match(rf"def {name}\b", lines[int(number) - 1]), f"{name} is not at line {number}"
-    assert f"in {len(lines)} lines" in readme
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbf" + SIGN + b"\n" + SIGN)
+    prompts = flow_grpo.load_prompts(small(dataset=str(tmp_path)), "train")
+    assert [prompt for prompt, _ in prompts] == ['a sign that says "CAT"'] * 2
 
 
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        flow_grpo.main(["--help"])
-    text = capsys.readouterr().out
-    assert stopped.value.code == 0
-    assert all(f"--{name}" in text for name in Config.__dataclass_fields__)
+@pytest.mark.parametrize("file", [
+    "model_index.json", "scheduler/scheduler_config.json", "text_encoder_3/model.safetensors",
+    "transformer/diffusion_pytorch_model.safetensors"])
+def test_a_damaged_model_is_one_line(refused, file):
+    """Another pipeline, another scheduler, a text encoder cut off, a tensor that is missing"""
+    path = Path("model", file)
+    shutil.copytree(HERE / "toy", "model", ignore=shutil.ignore_patterns("pickscore", "build"))
+    if path.name == "model_index.json":
+        path.write_text(path.read_text().replace("StableDiffusion3Pipeline", "DDPMPipeline"))
+    elif path.suffix == ".json":
+        for json_file in (path, Path("model/model_index.json")):
+            json_file.write_text(json_file.read_text().replace("FlowMatchEulerDiscrete", "DDIM"))
+    elif "transformer" in file:
+        tensors = load_file(path)
+        del tensors["proj_out.weight"]
+        save_file(tensors, path, {"format": "pt"})
+    else:
+        os.truncate(path, path.stat().st_size // 2)
+    assert "--model model" in refused(*TINY, "--reward", "custom:fine", "--model", "model")
+    assert not Path("runs").exists()
+
+
+def test_groups_and_prompts_must_fit_the_processes(refused, monkeypatch):
+    two = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True)
+    monkeypatch.setattr(flow_grpo, "PROCESSES", two)
+    assert "groups 3" in refused(*TINY, "--groups", 3)
+    assert "eval_prompts 1" in refused(*TINY, "--eval_prompts", 1)
 
 
 def test_the_presets_are_the_papers():
-    config = flow_grpo.parse_config(["--preset", "sd3.5-medium", "--reward", "ocr"])
-    expected = dict(resolution=512, train_steps=10, eval_steps=40, group_size=24, groups=48, updates=2, guidance=4.5,
-                    noise_level=0.7, learning_rate=3e-4, clip_range=1e-4, lora_rank=32, lora_alpha=64, beta=0.04, window=0,
-                    max_sequence_length=128, ema_decay=0.9, ema_every=8, std_over="batch")
-    assert {key: getattr(config, key) for key in expected} == expected
-    assert flow_grpo.parse_config(["--preset", "sd3.5-medium", "--beta", "0.01"]).beta == 0.01
-    assert flow_grpo.parse_config(["--preset", "sd3.5-medium", "--updates", "3"]).updates == 3  # 3 divides 24, not 16
-    small = flow_grpo.parse_config(["--preset", "sd3.5-medium-24gb", "--no-offload"])
-    assert (small.group_size, small.clip_range, small.gradient_checkpointing, small.offload) == (24, 1e-4, True, False)
-    flux = flow_grpo.parse_config(["--preset", "flux.1-dev"])
-    expected = dict(train_steps=6, eval_steps=28, guidance=3.5, noise_level=0.9, beta=0, lora_rank=64, lora_alpha=128,
-                    group_size=24, groups=48, clip_range=1e-4, precision="bf16")
-    assert {key: getattr(flux, key) for key in expected} == expected
+    parse = flow_grpo.parse_config
+    paper = dict(groups=48, group_size=24, updates=2, train_steps=10, eval_steps=40, window=0,
+                 guidance=4.5, noise_level=0.7, learning_rate=3e-4, clip_range=1e-4, beta=0.04)
+    assert paper.items() <= vars(parse(["--preset", "sd3.5-medium"])).items()
+    flux = dict(train_steps=6, eval_steps=28, guidance=3.5, noise_level=0.9, beta=0, lora_rank=64)
+    assert flux.items() <= vars(parse(["--preset", "flux.1-dev"])).items()
+    own = parse(["--preset", "sd3.5-medium-24gb", "--beta", "0.01", "--no-offload"])
+    assert (own.beta, own.offload, own.gradient_checkpointing) == (0.01, False, True)
 
 
-# -------------------------------------------------------------------------------------------------- whole runs
+def test_on_resuming_only_these_options_may_change(refused):
+    may_change = {
+        "name", "report_to", "epochs", "eval_every", "eval_reward", "learning_rate", "batch_size",
+        "gradient_checkpointing", "offload"}
+    others = dict(preset="flux.1-dev", sde="cps", precision="bf16", std_over="group", report_to="")
+    config = vars(Config(groups=6, window=2, latest_start=2))
+    Path("config.json").write_text(json.dumps(config))
+    for name in config.keys() - {"resume"}:
+        value = config[name]
+        other = others.get(name, "other") if isinstance(value, str) else 2 * value or 1
+        other = value / 2 if isinstance(value, float) else other
+        options = [f"--{name}", str(other)]
+        if isinstance(value, bool):
+            options = [f"--no-{name}" if value else f"--{name}"]
+        if name in may_change:
+            flow_grpo.parse_config(["--resume", ".", *options])
+        else:
+            line = refused("--resume", ".", *options)
+            assert re.search(f"--{name} .*the run to resume has", line)
 
 
-SABOTAGE = '''
-"""Imported by the run as its reward: kills the process inside the named function at its n-th call."""
-import os, signal, sys
-run, (name, n) = sys.modules["__main__"], os.environ["KILL_IN"].split(":")
-original, calls = getattr(run, name), [0]
-
-def deadly(*args, **kwargs):
-    calls[0] += 1
-    if calls[0] == int(n):
-        if name == "save_file":  # half a checkpoint
-            original(*args, **kwargs)
-            os.truncate(args[1], os.path.getsize(args[1]) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-setattr(run, name, deadly)
-
-def ink(images, prompts, metadata): return [-sum(i.resize((1, 1)).getpixel((0, 0))) for i in images]
-'''
+# -------------------------------------------------------------------------------------- whole runs
 
 
-def timeless(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+FIRST_EDITION = (
+    "--name x --groups 2 --group_size 4 --train_steps 10 --window 2 --latest_start 3 "
+    "--no-same_noise --updates 2 --learning_rate 1.5e-3 --clip_range 1e-3 --beta 0.1 "
+    "--ema_decay 0.9 --ema_every 1 --eval_per_prompt 2").split()
+
+
+@pytest.mark.parametrize("reward, options", [
+    ("ocr", "--epochs 1 --eval_prompts 6 --eval_steps 8"),
+    ("flow_grpo:redness", "--epochs 2 --eval_prompts 2 --eval_steps 4")])
+def test_the_first_editions_numbers_come_out(desk, reward, options):
+    run(*FIRST_EDITION, "--reward", reward, *options.split())
+    for row, expected in zip(metrics("runs/x"), GOLDEN["first_edition"][reward]):
+        for key, value in expected.items():
+            absolute = 1e-5 if "reward" in key else 0  # a pixel may be rounded the other way
+            assert row[key] == pytest.approx(value, rel=1e-3, abs=absolute), key
+
+
+def test_training_raises_the_toys_reward(desk):
+    run(*FIRST_EDITION, "--reward", "flow_grpo:redness", "--learning_rate", 5e-3, "--beta", 0,
+        "--epochs", 4, "--groups", 4, "--group_size", 8, "--eval_prompts", 12, "--eval_steps", 8)
+    first, *_, last = metrics("runs/x")
+    assert last["eval_reward"] > first["eval_reward"] + 0.02
+
+
+def test_a_run_writes_what_the_readme_says(desk, capsys):
+    before = os.umask(0o027)
+    run(*TINY, "--reward", "custom:ink:2", "--eval_reward", "custom:fine", "--name", "x")
+    os.umask(before)
+    names = {"config.json", "metrics.jsonl", "checkpoint.pt", "pytorch_lora_weights.safetensors",
+             "before_after.png", "curve.png", "film.gif", "samples/0000.png", "samples/0001.png"}
+    assert names == {str(path.relative_to("runs/x")) for path in Path("runs/x").rglob("*.*")}
+    for name in names:
+        assert Path("runs/x", name).stat().st_mode & 0o777 == 0o640, name
+    assert Image.open("runs/x/film.gif").n_frames == 2
+    first, last = metrics("runs/x")
+    evaluation = {"epoch", "eval_reward", "eval_reward/custom:ink", "eval_reward/custom:fine",
+                  "eval_accuracy", "eval_diversity"}
+    assert evaluation <= set(last) and evaluation | {
+        "reward", "reward/custom:ink", "reward_std", "group_std", "no_signal", "policy_loss", "kl",
+        "ratio", "ratio_deviation", "clip_low", "clip_high", "grad_norm"} <= set(first)
+    told = capsys.readouterr().out.splitlines()
+    assert "runs/x" in told[0] and "2 groups x 4 images" in told[0]
+    assert f"eval_reward {first['eval_reward']:.3f} -> {last['eval_reward']:.3f}" in told[-2:]
+
+
+def test_a_folder_belongs_to_one_run(desk, refused):
+    """Eight starts at the same time get eight folders. A name that is taken is refused."""
+    for n in range(5):
+        with ThreadPoolExecutor(8) as pool:
+            folders = {*map(str, pool.map(flow_grpo.claim, [small(reward=f"custom.py:{n}")] * 8))}
+        assert folders == {f"runs/custom.py-{n}{number}" for number in ("", *range(-2, -9, -1))}
+    assert "runs/custom.py-0 exists" in refused(*TINY, "--name", "custom.py-0")
+
+
+WHOLE = [*TINY, "--epochs", 2, "--eval_every", 2, "--reward", "custom:ink"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The folder of a run that nothing happened to"""
+    folder, before = tmp_path_factory.mktemp("whole"), os.getcwd()
+    os.chdir(folder)
+    Path("custom.py").write_text(CUSTOM)
+    run(*WHOLE, "--name", "x")
+    os.chdir(before)
+    return folder / "runs/x"
 
 
 def assert_same_run(a, b):
-    for name in ("checkpoint/state.safetensors", "pytorch_lora_weights.safetensors"):
-        tensors = load_file(a / name), load_file(b / name)
-        assert tensors[0].keys() == tensors[1].keys()
-        assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
-    assert timeless(a) == timeless(b)
+    """The same weights, optimizer and metrics, bit for bit"""
+    own, other = (torch.load(Path(folder, "checkpoint.pt")) for folder in (a, b))
+    torch.testing.assert_close(own["tensors"], other["tensors"], rtol=0, atol=0)
+    moments, others = own["optimizer"]["state"], other["optimizer"]["state"]
+    torch.testing.assert_close(moments, others, rtol=0, atol=0)
+    assert own["updates_done"] == other["updates_done"] and metrics(a) == metrics(b)
+    loras = [Path(folder, "pytorch_lora_weights.safetensors").read_bytes() for folder in (a, b)]
+    assert loras[0] == loras[1]
 
 
-def test_a_run_killed_anywhere_resumes_as_if_it_had_not_been(desk):
-    """SIGKILL while sampling, updating, evaluating, and in the middle of writing a checkpoint."""
-    Path("custom_ink.py").write_text(SABOTAGE.split("setattr(run, name, deadly)")[1])
-    Path("deadly_ink.py").write_text(SABOTAGE)
-    options = [*TINY, "--epochs", "3", "--eval_every", "2", "--save_every", "1", "--beta", "0.01"]
-    flow_grpo.main([*options, "--reward", "custom_ink:ink", "--name", "whole"])
-    points = ["evaluate:1", "velocity:19", "ema_step:3", "evaluate:2", "save_file:2"]
-    processes = [subprocess.Popen(
-        [sys.executable, str(HERE / "flow_grpo.py"), *options, "--reward", "deadly_ink:ink", "--name", point.replace(":", "")],
-        env={**os.environ, "KILL_IN": point}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for point in points]
-    for process, point in zip(processes, points):
-        process.wait(timeout=300)
-        run = desk / "runs" / point.replace(":", "")
-        rows = timeless(run) if (run / "metrics.jsonl").exists() else []
-        assert process.returncode == -signal.SIGKILL and len(rows) < 4 and bool(rows) == (point != "evaluate:1"), point
-        config = run / "config.json"
-        config.write_text(config.read_text().replace("deadly", "custom"))
-        flow_grpo.main(["--resume", "--name", run.name])
-        assert_same_run(desk / "runs/whole", run)
+def at_call(n, owner, name, action, patch=setattr):
+    """The n-th call of a function does something else first."""
+    function, calls = getattr(owner, name), []
+
+    def patched(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == n:
+            action(*args)
+        return function(*args, **kwargs)
+    patch(owner, name, patched)
 
 
-def test_ctrl_c_ends_the_epoch_and_keeps_it(desk, capsys):
-    Path("press.py").write_text("""
-import signal
-presses = []
-def ink(images, prompts, metadata):
-    presses.append(1)
-    if len(presses) == 4:  # the check at the start, the evaluation, epoch 0, epoch 1
-        signal.raise_signal(signal.SIGINT)
-    return [-sum(i.resize((1, 1)).getpixel((0, 0))) for i in images]
-""")
-    options = [*TINY, "--epochs", "3", "--save_every", "9", "--eval_every", "9"]
-    with pytest.raises(SystemExit):
-        flow_grpo.main([*options, "--reward", "press:ink", "--name", "pressed"])
-    told = capsys.readouterr().err
-    assert "stopping after this epoch" in told and "interrupted after epoch 1" in told
-    assert [row["epoch"] for row in timeless(desk / "runs/pressed")] == [0, 1]
-    assert (desk / "runs/pressed/checkpoint/state.safetensors").exists()
-    flow_grpo.main(["--resume", "--name", "pressed"])
-    flow_grpo.main([*options, "--reward", "press:ink", "--name", "whole"])
-    assert_same_run(desk / "runs/whole", desk / "runs/pressed")
+def die(*args):
+    if isinstance(args[-1], bytes):  # of write_bytes: half a file
+        with open(args[0], "wb") as file:
+            file.write(args[1][:len(args[1]) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_full_gpu_is_one_line_that_says_what_helps(desk, capsys, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-    monkeypatch.setattr(flow_grpo, "update", full)
-    with pytest.raises(SystemExit):
-        flow_grpo.main([*TINY, "--name", "x"])
-    assert re.search("lower --batch_size, .*--gradient_checkpointing.*--resume --name x", one_line(capsys))
+@pytest.mark.parametrize("n, owner, name, epochs_done", [
+    (2, Path, "write_bytes", 0),  # the first checkpoint
+    (14, flow_grpo.Policy, "velocity", 1),
+    (3, flow_grpo.Policy, "optimize", 1),
+    (5, Path, "write_bytes", 1),  # the second checkpoint
+    (7, Path, "write_bytes", 1),  # the metrics that belong to it
+    (2, flow_grpo, "draw_results", 3),
+])
+def test_a_run_killed_anywhere_resumes_as_if_it_had_not_been(
+        desk, whole_run, n, owner, name, epochs_done):
+    def mortal():
+        at_call(n, owner, name, die)
+        run(*WHOLE, "--name", "killed")
+    process = multiprocessing.get_context("fork").Process(target=mortal)
+    process.start()
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    assert epochs_done == len(metrics("runs/killed") if epochs_done else [])
+    run("--resume", "runs/killed")
+    assert_same_run(whole_run, "runs/killed")
 
 
-def one_line(capsys):
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flow_grpo.py: ")]
-    assert len(lines) == 1
-    return lines[0]
+def throws(error):
+    def throw(*args):
+        raise error
+    return throw
 
 
-def test_a_bad_checkpoint_or_disk_is_one_line(desk, capsys, monkeypatch):
-    Path("runs").write_text("a file, where the folder should be")
-    with pytest.raises(SystemExit):
-        flow_grpo.main([*TINY, "--name", "x"])
-    assert "runs/x" in one_line(capsys)
-    Path("runs").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**6}))
-        with pytest.raises(SystemExit):
-            flow_grpo.main([*TINY, "--name", "x"])
-        assert re.search("runs/x has 1 MB left, and checkpoints need [1-9]", one_line(capsys))
-    options = [*TINY, "--epochs", "2", "--save_every", "1", "--eval_every", "9", "--reward", "custom:fine"]
-    flow_grpo.main([*options, "--name", "y", "--epochs", "1"])
-    capsys.readouterr()
-    good = (desk / "runs/y/checkpoint/state.safetensors").read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch:
-        patch.setattr(flow_grpo, "save_file", full)
-        with pytest.raises(SystemExit):
-            flow_grpo.main(["--resume", "--name", "y", "--epochs", "2"])
-    assert "No space left" in one_line(capsys)
-    state = desk / "runs/y/checkpoint/state.safetensors"
-    assert state.read_bytes() == good
-    for damage in (lambda: state.write_bytes(good[:len(good) // 2]), lambda: state.write_bytes(b"hello"),
-                   lambda: torch.save({"lora.0": 1}, state)):
-        damage()
-        with pytest.raises(SystemExit):
-            flow_grpo.main(["--resume", "--name", "y", "--epochs", "2"])
-        assert "runs/y/checkpoint/state.safetensors" in one_line(capsys)
-    flow_grpo.main([*options, "--name", "z", "--epochs", "1", "--lora_rank", "2"])
-    state.write_bytes((desk / "runs/z/checkpoint/state.safetensors").read_bytes())
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        flow_grpo.main(["--resume", "--name", "y", "--epochs", "2"])
-    assert "not of this run" in one_line(capsys)
-    for damage in ("", '{"group', '{"no_such_option": 1}'):
-        (desk / "runs/y/config.json").write_text(damage)
-        with pytest.raises(SystemExit):
-            flow_grpo.main(["--resume", "--name", "y"])
-        assert "runs/y/config.json is not the config" in one_line(capsys)
+@pytest.mark.parametrize("action, says", [
+    (lambda *_: signal.raise_signal(signal.SIGINT), "interrupted"),
+    (lambda *_: signal.raise_signal(signal.SIGTERM), "interrupted"),  # a cluster's
+    (throws(torch.OutOfMemoryError("CUDA")), "--batch_size.*--gradient_checkpointing.*--offload"),
+    (throws(FloatingPointError("the losses")), "the losses.*--learning_rate"),
+    (throws(rewards.RewardError("reward x")), "reward x"),
+    (throws(OSError(28, "No space left on device")), "No space left"),
+], ids=["ctrl-c", "sigterm", "memory", "nan", "reward", "disk"])
+def test_what_ends_a_run_is_one_line_with_how_to_go_on(
+        refused, monkeypatch, action, says):
+    at_call(2, flow_grpo, "update", action, monkeypatch.setattr)
+    line = refused(*WHOLE, "--name", "x")
+    assert re.search(f"{says}.*--resume runs/x", line)
 
 
-def test_rewards_run_while_the_next_images_are_drawn(fresh, monkeypatch):
-    import threading
-    drawing = threading.Event()
-    config, scored = small(batch_size=4), []
-    model, decode = fresh(config), flow_grpo.decode
-
-    def watched(pipe, latents):
-        if scored:
-            drawing.set()  # the second half was drawn before the first was scored
-        return decode(pipe, latents)
-
-    def brightness(images, prompts, metadata):
-        scored.append(prompts[0])
-        assert len(scored) > 1 or drawing.wait(60), "the reward kept the sampling waiting"
-        return [float(np.mean(image)) for image in images]
-    monkeypatch.setattr(flow_grpo, "decode", watched)
-    seen = []
-    monkeypatch.setattr(flow_grpo, "update", lambda m, c, drawn, advantages, rng: seen.append((drawn, advantages)) or {})
-    train_set = [(f'a sign that says "{w}"', {}) for w in ("CAT", "DOG")]
-    flow_grpo.train_epoch(model, config, {"brightness": (brightness, 1.0)}, train_set, 0)
-    (drawn, advantages), = seen
-    assert len(scored) == 2 and set(scored) == set(drawn.prompts)
-    own = torch.tensor([float(np.mean(image)) for image in drawn.images]).view(2, 4)
-    close(advantages, group_advantages(own).flatten(), 1e-4)  # in order: each image has its own score
+def test_a_full_disk_leaves_the_last_checkpoint(desk, refused, whole_run, monkeypatch):
+    shutil.copytree(whole_run, "runs/x")
+    at_call(2, Path, "write_bytes", throws(OSError(28, "No space left")), monkeypatch.setattr)
+    assert "No space left" in refused("--resume", "runs/x", "--epochs", 3)
+    assert_same_run(whole_run, "runs/x")
+    at_call(1, flow_grpo, "update", throws(torch.OutOfMemoryError("CUDA")), monkeypatch.setattr)
+    assert "--resume" not in refused(*WHOLE, "--name", "y")  # there is nothing to go on from
 
 
-def test_held_out_rewards_are_measured_and_not_trained_on(desk):
-    options = [*TINY, "--reward", "jpeg_compressibility"]
-    flow_grpo.main([*options, "--name", "plain"])
-    flow_grpo.main([*options, "--name", "watched", "--eval_reward", "custom:fine,jpeg_incompressibility:0.1"])
-    plain, watched = (timeless(desk / "runs" / name) for name in ("plain", "watched"))
-    for a, b in zip(plain, watched):
-        extra = {key: b.pop(key) for key in [*b] if key.startswith("eval_reward/")}
-        assert a == b and extra["eval_reward/jpeg_incompressibility"] == -a["eval_reward"]
-        assert set(extra) == {"eval_reward/jpeg_compressibility", "eval_reward/jpeg_incompressibility", "eval_reward/custom:fine"}
+def test_a_damaged_run_is_one_line(desk, refused, whole_run):
+    shutil.copytree(whole_run, "runs/x")
+    path, resume = Path("runs/x/checkpoint.pt"), ["--resume", "runs/x", "--epochs", 3]
+    good, other = path.read_bytes(), io.BytesIO()
+    torch.save(torch.load(path) | dict(tensors=[torch.zeros(3)]), other)
+    for damaged in (good[:len(good) // 2], b"hello", b"", other.getvalue()):
+        path.write_bytes(damaged)
+        assert "runs/x/checkpoint.pt" in refused(*resume)
+    for damaged in ("", "null", "[]", '{"group', '{"no_such_option": 1}', '{"groups": null}',
+                    '{"groups": "3"}'):
+        Path("runs/x/config.json").write_text(damaged)
+        assert "--resume runs/x" in refused(*resume)
 
 
-def launch(folder, *options):
-    """Two processes on the CPU, by the launcher that `accelerate launch` uses for GPUs."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           str(HERE / "flow_grpo.py"), *options], cwd=folder, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, timeout=300)
+def test_going_on_from_a_finished_run_keeps_its_last_evaluation(desk, refused, whole_run):
+    short = metrics(whole_run)
+    shutil.copytree(whole_run, "runs/keep/y")  # a run goes by its folder, not by its first name
+    os.remove("runs/keep/y/samples/0000.png")
+    run("--resume", "runs/keep/y", "--epochs", 3, "--learning_rate", 0.02)
+    longer = metrics("runs/keep/y")
+    assert longer[:2] == short[:2] and short[2].items() <= longer[2].items()
+    assert len(longer) == 4 and "grad_norm" in longer[2] and "eval_reward" in longer[3]
+    config = json.loads(Path("runs/keep/y/config.json").read_text())
+    assert (config["epochs"], config["learning_rate"]) == (3, 0.02)
+    run("--resume", "runs/keep/y")  # there is nothing to do
+    assert metrics("runs/keep/y") == longer
+    os.remove("runs/keep/y/checkpoint.pt")  # now it must not begin again
+    assert "checkpoint.pt" in refused("--resume", "runs/keep/y")
+    assert metrics("runs/keep/y") == longer
+
+
+def test_held_out_rewards_are_measured_and_not_trained_on(desk, whole_run):
+    run(*WHOLE, "--eval_reward", "custom:fine,jpeg_compressibility:0.1", "--name", "x")
+    for plain, watched in zip(metrics(whole_run), metrics("runs/x")):
+        extra = {key: watched.pop(key) for key in set(watched) - set(plain)}
+        assert watched == plain
+        if "eval_reward" in plain:
+            assert set(extra) == {"eval_reward/custom:fine", "eval_reward/jpeg_compressibility"}
+
+
+def test_report_to_tensorboard_writes_events(desk):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(*TINY, "--reward", "custom:ink", "--name", "x", "--report_to", "tensorboard")
+    path = min(Path("runs/x").rglob("*tfevents*"), key=lambda path: len(path.parts))
+    logged = events.EventAccumulator(str(path)).Reload().Scalars("eval_reward")
+    expected = [row["eval_reward"] for row in metrics("runs/x")]
+    assert [event.value for event in logged] == pytest.approx(expected)
 
 
 def test_two_processes_are_as_good_as_one(desk):
-    """The same weights and metrics. Each process has one of two groups, of which one never has an advantage."""
-    Path("half.py").write_text("""
+    """Each has one of two groups, of which one never has an advantage."""
+    Path("half.py").write_text(CUSTOM + """
 import os
-def ink(images, prompts, metadata):
-    open(f"rank{os.environ.get('RANK', 0)}", "a").write(str([hash(i.tobytes()) for i in images]))
-    return [0.5 if "dull" in p else -float(sum(i.resize((1, 1)).getpixel((0, 0)))) for i, p in zip(images, prompts)]
+def dull(images, prompts, metadata):
+    open(f"rank{os.environ.get('RANK', 0)}", "a").close()
+    scores = zip(prompts, ink(images, prompts, metadata))
+    return [0.5 if "dull" in prompt else score for prompt, score in scores]
 """)
     Path("prompts").mkdir()
     for split in ("train", "test"):
         Path(f"prompts/{split}.txt").write_text("a dull circle\na red cross\n")
-    options = [*TINY, "--epochs", "2", "--dataset", "prompts", "--reward", "half:ink", "--std_over", "group", "--beta", "0"]
-    flow_grpo.main([*options, "--name", "one"])
-    done = launch(desk, *options, "--name", "two")
+    options = [*TINY, "--dataset", "prompts", "--reward", "half.py:dull", "--std_over", "group",
+               "--epochs", "2", "--name"]
+    run(*options, "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, HERE / "flow_grpo.py", *options, "two"], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, timeout=300)
     assert done.returncode == 0, done.stdout
-    one, two = (load_file(f"runs/{name}/checkpoint/state.safetensors") for name in ("one", "two"))
-    for kind in ("lora", "ema"):
-        # The second matrices of the LoRA, which begin at 0: all of them was learned.
-        a, b = (torch.cat([state[key].flatten() for key in sorted(state) if key.startswith(kind) and state[key].shape[1] == 32])
-                for state in (one, two))
-        assert a.norm() > 0 and (a - b).norm() < 1e-3 * a.norm()
-    for a, b in zip(timeless(desk / "runs/one"), timeless(desk / "runs/two")):
+    one, two = (torch.load(f"runs/{name}/checkpoint.pt")["tensors"] for name in ("one", "two"))
+    # The second matrices of the LoRA, which begin at 0: all of them was learned.
+    a, b = (torch.cat([t.flatten() for t in tensors if t.shape[1] == 32]) for tensors in (one, two))
+    assert a.norm() > 0 and (a - b).norm() < 1e-3 * a.norm()
+    for a, b in zip(metrics("runs/one"), metrics("runs/two"), strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - {"kl", "clip_low", "clip_high"}:
             assert a[key] == pytest.approx(b[key], rel=1e-2, abs=1e-6), key
-    assert "2 processes" in done.stdout and done.stdout.count("look at") == 1  # only the first one speaks
+    assert "on 2 x cpu" in done.stdout and done.stdout.count("epoch 0") == 1  # one of them speaks
     assert Path("rank0").exists() and Path("rank1").exists()
 
 
-def test_a_process_that_dies_ends_the_run(desk):
-    Path("mortal.py").write_text("""
-import os
-calls = []
-def ink(images, prompts, metadata):
-    calls.append(1)
-    if len(calls) == 3 and os.environ["RANK"] == "1":
-        os._exit(9)
-    return [float(i.getpixel((0, 0))[0]) for i in images]
-""")
-    done = launch(desk, *TINY, "--reward", "mortal:ink")
-    assert done.returncode != 0 and "exitcode" in done.stdout.replace(" ", "")
-
-
-@pytest.mark.parametrize("options, says", [(["--groups", "3"], "multiple of the 2 processes: 2 or 4 would do")])
-def test_groups_must_fit_the_processes(desk, capsys, monkeypatch, options, says):
-    monkeypatch.setattr(flow_grpo, "WORLD", 2)
-    with pytest.raises(SystemExit):
-        flow_grpo.main([*TINY, *options])
-    assert says in one_line(capsys)
-
-
-def test_stock_diffusers_reproduces_an_evaluation_image(desk):
-    """As in the README: load_lora_weights, and the seed of the evaluation image."""
-    flow_grpo.main([*TINY, "--learning_rate", "0.03", "--epochs", "2", "--beta", "0", "--name", "x", "--dataset", str(HERE / "toy/ocr"),
-                    "--eval_steps", "6", "--guidance", "2"])
-    from diffusers import StableDiffusion3Pipeline
-    pipe = StableDiffusion3Pipeline.from_pretrained(HERE / "toy")
-    prompt = (HERE / "toy/ocr/test.txt").read_text().splitlines()[0]
-    options = dict(num_inference_steps=6, guidance_scale=2.0, max_sequence_length=14, height=48, width=48)
-    ours = np.asarray(Image.open("runs/x/samples/0002.png").crop((3, 0, 147, 144)), float)  # seed 0, drawn at 144 pixels
-    picture = lambda: np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(0), **options).images[0]
-                                 .resize((144, 144), Image.LANCZOS), float)
-    base = picture()
-    pipe.load_lora_weights("runs/x")
-    tuned = picture()
-    assert np.abs(tuned - ours).max() <= 2
-    assert np.abs(base - ours).max() > 20, "the run did not change the picture enough to tell"
-
-
-def test_the_toy_loads_as_a_stock_pipeline_without_arguments():
-    from diffusers import StableDiffusion3Pipeline
-    pipe = StableDiffusion3Pipeline.from_pretrained(HERE / "toy")
-    assert pipe.text_encoder and pipe.text_encoder_2 and pipe.text_encoder_3
+def test_the_toy_is_small_and_its_prompts_are_held_out():
     files = [f for f in (HERE / "toy").rglob("*") if f.is_file() and "build" not in f.parts]
     assert sum(f.stat().st_size for f in files) < 10e6
-    words = [set((HERE / f"toy/ocr/{split}.txt").read_text().split("\n")) - {""} for split in ("train", "test")]
-    assert len(words[0]) >= 200 and len(words[1]) >= 100 and not words[0] & words[1]
-    rows = [{json.loads(line)["prompt"] for line in open(HERE / f"toy/geneval/{split}_metadata.jsonl")}
-            for split in ("train", "test")]
-    assert not rows[0] & rows[1]
-
-
-def test_training_raises_the_toy_reward(desk):
-    flow_grpo.main(["--epochs", "5", "--groups", "4", "--group_size", "12", "--eval_prompts", "12", "--eval_steps", "10",
-                    "--learning_rate", "5e-3", "--beta", "0", "--guidance", "1", "--name", "x"])
-    rows = [json.loads(line) for line in open("runs/x/metrics.jsonl")]
-    assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.02
+    for reward in ("ocr", "geneval"):
+        splits = [flow_grpo.load_prompts(small(reward=reward), s) for s in ("train", "test")]
+        train, test = ({prompt for prompt, _ in rows} for rows in splits)
+        assert len(train) > 150 and len(test) > 50 and not train & test

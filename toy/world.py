@@ -282,7 +282,8 @@ def sign_quality(image):
     pixels = np.asarray(image.convert("RGB"), float)
     contrast = np.abs(pixels - np.median(pixels, (0, 1))).max(-1)  # the median is the paper
     near_ink = cv2.dilate((contrast > 70).astype(np.uint8), np.ones((5, 5))) > 0
-    plain = 1 - 10 * pixels[~near_ink].std(0).mean() / 255
+    paper = pixels[~near_ink]
+    plain = 1 - 10 * paper.std(0).mean() / 255 if len(paper) else 0
     ink = pixels[contrast > max(70, 0.75 * np.quantile(contrast, 0.99))]  # without blended edges
     if len(ink) < 20:
         return float(np.clip(plain, 0, 1)) / 3, ""

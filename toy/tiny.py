@@ -1,0 +1,141 @@
+"""Random models of the real classes, for the tests: pipelines of SD3.5-Medium and FLUX.1-dev, and
+CLIP, Mask2Former and Qwen2.5-VL for rewards. Each has a few thousand weights and knows nothing.
+"""
+from pathlib import Path
+
+import torch
+
+
+def clip_tokenizer(length=77):
+    """A CLIP tokenizer that spells"""
+    from transformers import CLIPTokenizer
+    signs = [chr(c) for c in range(33, 127)]
+    signs += [sign + "</w>" for sign in signs] + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {sign: i for i, sign in enumerate(signs)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=length)
+
+
+def text_encoders(width):
+    """CLIP's configuration, its tokenizer, T5 and its tokenizer"""
+    from transformers import CLIPTextConfig, T5Config, T5EncoderModel, T5Tokenizer
+    tokenizer = clip_tokenizer()
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, projection_dim=32,
+        num_hidden_layers=2, num_attention_heads=2, bos_token_id=len(tokenizer) - 2,
+        eos_token_id=len(tokenizer) - 1)
+    signs = ["<pad>", "</s>", "<unk>", "▁"] + [chr(c) for c in range(33, 127)]
+    t5_tokenizer = T5Tokenizer(
+        vocab=[(sign, -float(i)) for i, sign in enumerate(signs)], extra_ids=0,
+        model_max_length=512)
+    t5 = T5EncoderModel(T5Config(
+        vocab_size=len(t5_tokenizer), d_model=width, d_kv=16, d_ff=32, num_layers=1, num_heads=2))
+    return clip, tokenizer, t5, t5_tokenizer
+
+
+def pipeline(family):
+    """The toy, or random weights in SD3.5-Medium's or FLUX.1-dev's classes"""
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    if family == "toy":
+        return diffusers.StableDiffusion3Pipeline.from_pretrained(Path(__file__).parent)
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2, layers_per_block=1, latent_channels=4,
+        norm_num_groups=4, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
+        use_post_quant_conv=False)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler
+    if family == "flux":
+        clip, tokenizer, t5, t5_tokenizer = text_encoders(32)
+        return diffusers.FluxPipeline(
+            vae=vae, scheduler=scheduler(shift=3.0, use_dynamic_shifting=True),
+            text_encoder=CLIPTextModel(clip), tokenizer=tokenizer,
+            text_encoder_2=t5, tokenizer_2=t5_tokenizer,
+            transformer=diffusers.FluxTransformer2DModel(
+                in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+                num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+                guidance_embeds=True, axes_dims_rope=(4, 6, 6)))
+    clip, tokenizer, t5, t5_tokenizer = text_encoders(64)
+    return diffusers.StableDiffusion3Pipeline(
+        vae=vae, scheduler=scheduler(shift=3.0),
+        text_encoder=CLIPTextModelWithProjection(clip), tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(clip), tokenizer_2=tokenizer,
+        text_encoder_3=t5, tokenizer_3=t5_tokenizer,
+        transformer=diffusers.SD3Transformer2DModel(
+            sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=64,
+            caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=16,
+            qk_norm="rms_norm", dual_attention_layers=(0,)))
+
+
+def clip(folder):
+    """A CLIPModel with its processor into a folder. PickScore is one of these."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer(20)
+    size = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    last = len(tokenizer) - 1
+    text = dict(vocab_size=last + 1, max_position_embeddings=20, bos_token_id=last - 1,
+                eos_token_id=last, **size)
+    vision = dict(image_size=32, patch_size=8, **size)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    CLIPProcessor(pictures, tokenizer).save_pretrained(folder)
+
+
+def detector(folder, labels):
+    """A Mask2Former that finds things of these labels, {number: name}, into a folder"""
+    from transformers import (Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
+                              Mask2FormerImageProcessor, SwinConfig)
+    torch.manual_seed(0)
+    swin = SwinConfig(image_size=32, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2,
+                      out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = Mask2FormerConfig(
+        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
+        encoder_feedforward_dim=32, encoder_layers=1, decoder_layers=2, dim_feedforward=32,
+        num_attention_heads=2, num_queries=10, id2label=labels,
+        label2id={label: index for index, label in labels.items()})
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    size = {"shortest_edge": 64, "longest_edge": 64}
+    Mask2FormerImageProcessor(size=size).save_pretrained(folder)
+
+
+def vlm(folder):
+    """A Qwen2.5-VL that spells and must answer with one digit, into a folder -> it, its tokens"""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                              Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
+               "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    ids = {token: i for i, token in enumerate([*map(chr, range(32, 127)), "\n", *special])}
+    letters = Tokenizer(models.WordLevel(ids, unk_token=" "))
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=letters, pad_token="<|endoftext|>", eos_token="<|im_end|>",
+        additional_special_tokens=special[1:])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{m.role}}\n{% for c in m.content %}"
+        "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% else %}{{c.text}}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant{{'\n'}}")
+    torch.manual_seed(3)
+    text = dict(vocab_size=len(ids), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                num_attention_heads=2, num_key_value_heads=1, bos_token_id=None,
+                eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
+                rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3]))
+    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=32,
+                  fullatt_block_indexes=[0], window_size=56)
+    tokens = {f"{name}_token_id": ids[f"<|{name}|>"] for name in ("vision_start", "vision_end")}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"], **tokens))
+    for p in model.parameters():
+        p.data *= 6 if p.ndim > 1 else 1  # so that images and prompts make a difference
+    not_digits = [i for token, i in ids.items() if token not in "12345"]
+    model.generation_config.begin_suppress_tokens = not_digits
+    model.generation_config.forced_eos_token_id = ids["<|im_end|>"]
+    pictures = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=112 * 112)
+    for part in (model, tokenizer, pictures):
+        part.save_pretrained(folder)
+    return model.eval(), ids
