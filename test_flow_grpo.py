@@ -1331,7 +1331,7 @@ FIRST_EDITION = (
 
 @pytest.mark.parametrize("reward, options", [
     ("ocr", "--epochs 1 --eval_prompts 6 --eval_steps 8"),
-    ("flow_grpo:redness", "--epochs 2 --eval_prompts 2 --eval_steps 4")])
+    ("flow_grpo:redness", f"--epochs 2 --eval_prompts 2 --eval_steps 4 --dataset {HERE}/toy/ocr")])
 def test_the_first_editions_numbers_come_out(desk, reward, options):
     run(*FIRST_EDITION, "--reward", reward, *options.split())
     for row, expected in zip(metrics("runs/x"), GOLDEN["first_edition"][reward]):
