@@ -508,7 +508,7 @@ def test_the_metrics_of_an_epoch(monkeypatch):
 
 def test_the_metrics_of_an_evaluation(monkeypatch, fresh, tmp_path):
     """Every image has its own seed. It is right if the first reward gives it 1."""
-    images, asked = grey(255, 0, 255, 255, 51, 204), []
+    images, asked = grey(255, 0, 255, 255, 51, 102), []
     monkeypatch.setattr(flow_grpo, "rollout", lambda policy, config, *args: (
         asked.append(args) or SimpleNamespace(images=images)))
     config = small(eval_prompts=3, eval_per_prompt=2, eval_steps=7)
@@ -518,9 +518,9 @@ def test_the_metrics_of_an_evaluation(monkeypatch, fresh, tmp_path):
     metrics = flow_grpo.evaluate(fresh(config), config, reward, test_set, tmp_path, 12)
     assert asked == [(("a", "a", "b", "b", "c", "c"), (0, 1, 2, 3, 4, 5), 7)]
     assert floats(metrics) == pytest.approx({
-        "eval_reward": 2 / 3, "eval_reward/bright": 2 / 3, "eval_reward/half": 0.5,
+        "eval_reward": 0.6, "eval_reward/bright": 0.6, "eval_reward/half": 0.5,
         "eval_accuracy": 0.5, "eval_accuracy/x": 0.25, "eval_accuracy/y": 1.0,
-        "eval_diversity": (1 + 0 + 0.6) / 3})
+        "eval_diversity": (1 + 0 + 0.2) / 3})
     assert (tmp_path / "samples/0012.png").exists()
 
 
@@ -1181,7 +1181,7 @@ def desk(tmp_path, monkeypatch):
     """An empty current folder with a user's rewards"""
     monkeypatch.chdir(tmp_path)
     Path("custom.py").write_text(CUSTOM)
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     yield tmp_path
     signal.signal(signal.SIGTERM, handler)
 
@@ -1481,10 +1481,13 @@ def test_a_damaged_run_is_one_line(desk, refused, whole_run):
     for damaged in (good[:len(good) // 2], b"hello", b"", other.getvalue()):
         path.write_bytes(damaged)
         assert "runs/x/checkpoint.pt" in refused(*resume)
-    for damaged in ("", "null", "[]", '{"group', '{"no_such_option": 1}', '{"groups": null}',
-                    '{"groups": "3"}'):
+    path.write_bytes(good)
+    config = json.loads(Path("runs/x/config.json").read_text())
+    changes = {"no_such_option": 1}, {"groups": None}, {"reward": None}
+    others = [json.dumps(config | change) for change in changes]
+    for damaged in ("", "null", "[]", "{}", '{"group', *others):
         Path("runs/x/config.json").write_text(damaged)
-        assert "--resume runs/x" in refused(*resume)
+        assert "config.json" in refused(*resume)
 
 
 def test_going_on_from_a_finished_run_keeps_its_last_evaluation(desk, refused, whole_run):
@@ -1497,6 +1500,8 @@ def test_going_on_from_a_finished_run_keeps_its_last_evaluation(desk, refused, w
     assert len(longer) == 4 and "grad_norm" in longer[2] and "eval_reward" in longer[3]
     config = json.loads(Path("runs/keep/y/config.json").read_text())
     assert (config["epochs"], config["learning_rate"]) == (3, 0.02)
+    optimizer = torch.load("runs/keep/y/checkpoint.pt")["optimizer"]
+    assert optimizer["param_groups"][0]["lr"] == 0.02
     run("--resume", "runs/keep/y")  # there is nothing to do
     assert metrics("runs/keep/y") == longer
     os.remove("runs/keep/y/checkpoint.pt")  # now it must not begin again
