@@ -53,7 +53,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather, gather_object, reduce
 from matplotlib.figure import Figure
 from PIL import Image
@@ -389,9 +389,20 @@ def redness(images, prompts, metadata):
     return [r - max(g, b) for r, g, b in means]
 
 
+def learning_rate(config, epoch):
+    """Of an epoch, counted from 1. The paper's is constant; the toy's falls to 0.
+
+    The toy soon solves most prompts. Then most groups have equal rewards and no advantages, and
+    only the KL's gradient is left. It is small, but Adam rescales what is small. So at a constant
+    rate the model would walk back towards the base.
+    """
+    left = 1 - (epoch - 1) / config.epochs
+    return config.learning_rate * (left if config.lr_decay else 1)
+
+
 def train_epoch(policy, config, reward, train_set, epoch):
     """Sample, score, compare, update -> metrics. All randomness comes from (seed, epoch)."""
-    rng = random.Random(f"{config.seed}/{epoch}")
+    rng = random.Random(f"{config.seed}/{epoch - 1}")  # the first epoch is number 1
     groups = config.groups
     size = config.group_size
     repeats = math.ceil(groups / len(train_set))  # above 1 for a dataset smaller than an epoch
@@ -445,26 +456,23 @@ def evaluate(policy, config, reward, test_set, folder, epoch):
 
 
 def train(config):
-    """The whole run: evaluate now and then, train in between, write everything down."""
+    """The whole run: train, evaluate now and then, write everything down. Epoch 0 is the base."""
     train_set = load_prompts(config, "train")
     test_set = load_prompts(config, "test")
     reward, watched = load_rewards(config, train_set, test_set)
     policy = load_policy(config, [prompt for prompt, _ in train_set + test_set])
     folder, rows, tracker = begin(config, policy)
-    trained = sum("grad_norm" in row for row in rows)
-    for epoch in range(trained, config.epochs + 1):
-        evaluated = len(rows) > epoch  # true where a finished run goes on
-        row = rows.pop() if evaluated else {"epoch": epoch}
+    for epoch in range(len(rows), config.epochs + 1):
         clock = time.time()
-        last = epoch == config.epochs
-        due = last or epoch % config.eval_every == 0
-        if due and not evaluated:
-            row |= evaluate(policy, config, watched, test_set, folder, epoch)
-        if not last:
-            row |= train_epoch(policy, config, reward, train_set, epoch)
-        row["seconds"] = time.time() - clock
-        row = {key: float(value) for key, value in row.items() if math.isfinite(value)}
-        rows.append(row | {"epoch": epoch})
+        metrics = {}
+        if epoch > 0:
+            policy.optimizer.param_groups[0]["lr"] = learning_rate(config, epoch)
+            metrics |= train_epoch(policy, config, reward, train_set, epoch)
+        if epoch % config.eval_every == 0 or epoch == config.epochs:
+            metrics |= evaluate(policy, config, watched, test_set, folder, epoch)
+        metrics["seconds"] = time.time() - clock
+        numbers = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
+        rows.append({"epoch": epoch} | numbers)
         record(policy, folder, rows, tracker)
     tracker.end_training()
 
@@ -699,7 +707,7 @@ class Config:
     train_steps: int = 10              # T of training: enough to tell good from bad
     eval_steps: int = 40               # T of the evaluation
     noise_level: float = 0.7           # a: too little explores nothing, too much spoils the images
-    window: int = 1                    # SDE steps, and only they are trained. 0: all but the last
+    window: int = 2                    # SDE steps, and only they are trained. 0: all but the last
     latest_start: int = 0              # the window begins at a random step from 0 to this
     same_noise: bool = True            # a group starts from one noise, and only the window differs
     sde: str = "flow"                  # flow, the paper's, or cps, which leaves no noise in images
@@ -707,6 +715,7 @@ class Config:
     # learning
     updates: int = 2                   # optimizer steps an epoch; clipping acts from the second on
     learning_rate: float = 2e-3        # of AdamW
+    lr_decay: bool = True              # it falls to 0 with the last epoch
     clip_range: float = 1e-3           # how far a ratio may leave 1
     beta: float = 0.5                  # weight of the KL: more keeps quality and slows the reward
     std_over: str = "batch"            # whose std divides the advantages: batch or group
@@ -725,13 +734,13 @@ class Config:
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=30, groups=48, group_size=24, window=0,
-    same_noise=False, guidance=4.5, learning_rate=3e-4, clip_range=1e-4, beta=0.04, ema_every=8,
-    batch_size=8, eval_prompts=0, eval_per_prompt=1)
+    same_noise=False, guidance=4.5, learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04,
+    ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
 PRESETS = {
     "": {},
     # The toy: for OCR the defaults above; these two rewards take longer.
-    "geneval": dict(groups=16, epochs=36, eval_every=12, window=2, learning_rate=1.5e-3, beta=0.1),
-    "toy_pickscore": dict(epochs=16, eval_every=8, window=2, learning_rate=1.5e-3, beta=0.1),
+    "geneval": dict(groups=16, epochs=36, eval_every=12, window=2, learning_rate=2e-3, beta=0.1),
+    "toy_pickscore": dict(epochs=16, eval_every=8, window=2, learning_rate=2e-3, beta=0.1),
     "sd3.5-medium": PAPER,
     "sd3.5-medium-24gb": PAPER | dict(  # the same algorithm with smaller epochs
         groups=12, batch_size=4, gradient_checkpointing=True, offload=True, eval_prompts=100),
@@ -741,9 +750,10 @@ PRESETS = {
         gradient_checkpointing=True),
 }
 MAY_BE_0 = "seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts"
+CHOICES = dict(
+    preset=PRESETS, report_to=["", *LOGGER_TYPE_TO_CLASS],
+    precision=["fp32", "bf16"], sde=["flow", "cps"], std_over=["batch", "group"])
 RULES = [
-    "preset in presets", "report_to in trackers", "sde in ['flow', 'cps']",
-    "precision in ['fp32', 'bf16']", "std_over in ['batch', 'group']",
     "train_steps >= 2", "group_size >= 2", "window + latest_start < train_steps", "ema_decay < 1",
     "sde == 'flow' or noise_level < 1", "group_size % updates == 0", "groups % processes == 0",
     "eval_prompts == 0 or eval_prompts >= processes"]
@@ -759,7 +769,7 @@ def parse_config(argv=None):
         description=__doc__, epilog=inspect.getsource(Config))  # the source explains the options
     parser.error = lambda message: stop(f"{message}; --help lists the options")
     for f in fields(Config):
-        kind = dict(type=f.type)
+        kind = dict(type=f.type, choices=CHOICES.get(f.name))
         if f.type is bool:  # --offload and, against a preset, --no-offload
             kind = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **kind)
@@ -783,9 +793,7 @@ def parse_config(argv=None):
 
 def check(config):
     """Stops with one line for values that cannot work. Raises TypeError where the type is wrong."""
-    trackers = ["", *map(str, get_available_trackers())]
-    options = vars(config) | dict(
-        presets=list(PRESETS), trackers=trackers, processes=PROCESSES.num_processes)
+    options = vars(config) | dict(processes=PROCESSES.num_processes)
     for f in fields(Config):
         value = options[f.name]
         if f.type is not float and type(value) is not f.type:
@@ -793,6 +801,8 @@ def check(config):
         least = 0 if f.name in MAY_BE_0 else 1 if f.type is int else 1e-12
         if f.type in (int, float) and not least <= value < 2**31:
             stop(f"--{f.name} {value}: must be {least} or more, and less than {2**31}")
+    if config.report_to not in ["", *map(str, get_available_trackers())]:
+        stop(f"--report_to {config.report_to}: pip install {config.report_to} first")
     for rule in RULES:
         if not eval(rule, dict(options)):
             names = [name for name in re.findall("[a-z_]+", rule) if name in options]
@@ -931,7 +941,6 @@ def load(policy, folder):
         for own, saved in zip(policy.params + policy.average, state["tensors"]):
             own.data.copy_(saved)
         policy.optimizer.load_state_dict(state["optimizer"])
-        policy.optimizer.param_groups[0]["lr"] = policy.config.learning_rate
         policy.updates_done = state["updates_done"]
         return state["rows"]
     except Exception as error:  # whatever a damaged file makes torch raise
@@ -953,7 +962,7 @@ def record(policy, folder, rows, tracker):
     print(*(f"{key} {row[key]:.3g}" for key in SHOWN if key in row), sep=", ", flush=True)
     if "eval_reward" in row:
         draw_results(folder, rows)
-        for key in ("eval_reward", "eval_accuracy"):
+        for key in ("eval_reward", "eval_accuracy"):  # what was gained
             print(f"{key} {first[key]:.3f} -> {row[key]:.3f}", flush=True)
 
 

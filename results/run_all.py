@@ -40,9 +40,9 @@ RUNS = [
     ("base/ocr", f"{OCR} --epochs 0 {ALL}", [0]),
     ("base/geneval", f"{GENEVAL} --epochs 0 {ALL}", [0]),
     ("base/pickscore", f"{PICKSCORE} --epochs 0 {ALL}", [0]),
-    ("ocr/default", f"{OCR} {ALL}", range(2001, 2011)),
-    ("geneval/default", f"{GENEVAL} {ALL}", range(2001, 2006)),
-    ("pickscore/default", f"{PICKSCORE} {ALL}", range(2001, 2006)),
+    ("ocr/default", f"{OCR} {ALL}", range(3001, 3011)),
+    ("geneval/default", f"{GENEVAL} {ALL}", range(3001, 3006)),
+    ("pickscore/default", f"{PICKSCORE} {ALL}", range(3001, 3006)),
     ("ocr/film", f"{OCR} --eval_every 1 --eval_prompts 16 --eval_per_prompt 1", [0]),
     ("redness/default", "--reward flow_grpo:redness", [0]),
 
@@ -128,7 +128,7 @@ def curves_and_final(rows):
     """metrics.jsonl -> the curves, four digits each, and the metrics of the last evaluation"""
     training = [row for row in rows if "reward" in row]
     evaluations = [row for row in rows if "eval_reward" in row]
-    curves = {"epoch": [row["epoch"] for row in training]}
+    curves = {"epoch": [row["epoch"] - 1 for row in training]}  # of the model that drew
     for key in ("reward", "kl", "group_std", "no_signal", "clip_low", "clip_high", "grad_norm"):
         curves[key] = [row.get(key) for row in training]
     curves["seconds"] = [row.get("seconds") or sum(
