@@ -193,6 +193,16 @@ def group_advantages(scores, std_over="batch"):
     return advantages.clamp(-5, 5).float()
 
 
+def gdpo(scores, weights):
+    """Several rewards -> one score [groups, group_size] (GDPO, arXiv 2601.05242). scores: a list
+
+    In a plain sum the reward with the widest spread decides alone. So each is first divided by its
+    own spread within the group. group_advantages then does the rest.
+    """
+    each = [group_advantages(score, "group") for score in scores]
+    return sum(weight * advantages for weight, advantages in zip(weights, each))
+
+
 def clipped_loss(ratio, advantages, clip_range):
     """The policy's part of equation 5, to be minimised. All are [B].
 
@@ -201,7 +211,8 @@ def clipped_loss(ratio, advantages, clip_range):
     second update on. Where the ratio has already left the clip range on the side that its advantage
     wants, min picks the constant: no gradient, this sample is done. On the other side nothing is
     clipped, so that a mistake can be undone. (As averages, log-ratios tend to be below 0, so ratios
-    above 1 are seldom clipped. GRPO-Guard, arXiv 2510.22319, centres them.)
+    above 1 are seldom clipped. GRPO-Guard, arXiv 2510.22319, centres them. Flow-DPPO, 2606.11025,
+    masks by the exact KL between the old and the new Gaussian instead.)
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = torch.min(ratio * advantages, clipped * advantages)
@@ -212,6 +223,9 @@ def clipped_loss(ratio, advantages, clip_range):
 # In the words of reinforcement learning: a state is (prompt, t, x), an action is x_next, an episode
 # is one drawing from noise to image. The reward comes once, at the end. Nobody knows which of the
 # steps deserves it, so each step of an image gets the image's advantage.
+#
+# (Later methods, DiffusionNFT and AWM, need no SDE: they add noise to finished images, and weigh
+# the loss of pretraining by the advantage. Their papers report 2 to 25 times less work.)
 
 
 @dataclass
@@ -417,7 +431,11 @@ def train_epoch(policy, config, reward, train_set, epoch):
     drawn = rollout(policy, config, prompts, seeds, config.train_steps, window, first_seeds)
     scores = score(reward, drawn.images, prompts, metadata)
     total = torch.tensor(scores["reward"]).view(groups, size)
-    advantages = group_advantages(total, config.std_over)
+    compared = total
+    if config.combine == "gdpo":
+        parts = [torch.tensor(scores[name]).view(groups, size) for name in reward]
+        compared = gdpo(parts, [weight for _, weight in reward.values()])
+    advantages = group_advantages(compared, config.std_over)
     advantages = my_part(advantages).flatten()
     metrics = update(policy, config, drawn, advantages, rng)
 
@@ -502,7 +520,8 @@ class Policy:
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         self.params = self.add_lora()
-        self.optimizer = torch.optim.AdamW(self.params, config.learning_rate, weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(
+            self.params, config.learning_rate, eps=config.adam_eps, weight_decay=1e-4)
         self.average = [p.detach().clone() for p in self.params]
         self.updates_done = 0
         self.empty = self.encode([""])  # for guidance
@@ -579,7 +598,7 @@ class Policy:
     def decode(self, latents):
         """Latents [B, C, H, W] -> PIL images"""
         vae = self.pipe.vae
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
         pixels = vae.decode(latents, return_dict=False)[0]
         return self.pipe.image_processor.postprocess(pixels, output_type="pil")
 
@@ -607,6 +626,10 @@ class Policy:
         norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}")
+        rms = norm / math.sqrt(sum(p.numel() for p in self.params))
+        if self.updates_done == 0 and rms < 10 * self.config.adam_eps and PROCESSES.is_main_process:
+            print(f"the gradient of a weight is about {rms:.0e}: with --adam_eps "
+                  f"{self.config.adam_eps:.0e} hardly anything is learned; try 1e-15", flush=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates_done += 1
@@ -650,12 +673,39 @@ class FluxPolicy(Policy):
         return super().time_grid(T, sigmas=np.linspace(1, 1 / T, T), mu=mu)
 
 
+class SanaPolicy(Policy):
+    """SANA masks its text's padding, has no pooled embedding, and puts an instruction before."""
+
+    lora_layers = [f"{attention}.{layer}" for attention in ("attn1", "attn2")
+                   for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+
+    def __init__(self, pipe, config):
+        from diffusers import FlowMatchEulerDiscreteScheduler
+        # Its own scheduler, DPM-Solver, looks back at earlier steps. A policy may not.
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        super().__init__(pipe, config)
+
+    def forward(self, x, t, embeds, mask):
+        return self.network(
+            hidden_states=x, timestep=1000 * self.network.config.timestep_scale * t,
+            encoder_hidden_states=embeds, encoder_attention_mask=mask, return_dict=False)[0]
+
+    def encode_batch(self, prompts):
+        defaults = inspect.signature(self.pipe.__call__).parameters
+        instruction = defaults["complex_human_instruction"].default
+        return self.pipe.encode_prompt(
+            list(prompts), False, device=self.device,
+            max_sequence_length=self.config.max_sequence_length,
+            complex_human_instruction=instruction if any(prompts) else None)[:2]
+
+
 def load_policy(config, prompts=()):
     """The pipeline of --model -> the Policy of its family"""
     import diffusers
     import transformers
     rewards.quiet(diffusers, transformers)  # they warn of the toy's unusual VAE
-    families = {diffusers.StableDiffusion3Pipeline: Policy, diffusers.FluxPipeline: FluxPolicy}
+    families = {diffusers.StableDiffusion3Pipeline: Policy, diffusers.FluxPipeline: FluxPolicy,
+                diffusers.SanaPipeline: SanaPolicy}
     source = Path(__file__).with_name("toy") if config.model == "toy" else config.model
     half = torch.bfloat16 if config.precision == "bf16" else torch.float32
     try:  # the VAE stays float32: a reward would see its rounding
@@ -664,9 +714,9 @@ def load_policy(config, prompts=()):
         policy = families[type(pipe)](pipe, config)
         policy.time_grid(config.train_steps)
     except Exception as error:  # whatever a wrong or damaged folder makes diffusers raise
-        stop(f"--model {config.model}: must be a StableDiffusion3Pipeline or FluxPipeline with a "
-             "FlowMatchEulerDiscreteScheduler; is the name right, the licence accepted, the hub "
-             f"reachable? ({type(error).__name__}: {error})")
+        stop(f"--model {config.model}: must be a StableDiffusion3Pipeline, FluxPipeline or "
+             "SanaPipeline with its own scheduler; is the name right, the licence accepted, the "
+             f"hub reachable? ({type(error).__name__}: {error})")
     token = 2 * pipe.vae_scale_factor  # pixels along the side of a token
     most = token * policy.network.config.get("pos_embed_max_size", 2**20)
     if config.resolution not in range(token, most + 1, token):
@@ -687,7 +737,7 @@ class Config:
     preset: str = ""                   # one of PRESETS; default: that of the reward, if it has one
     reward: str = "ocr"                # of rewards.py, "file.py:function", or "ocr:1,pickscore:0.5"
     eval_reward: str = ""              # the same, but only measured: they show reward hacking
-    model: str = "toy"                 # folder or hub name of an SD3 or FLUX pipeline
+    model: str = "toy"                 # folder or hub name of an SD3, FLUX or SANA pipeline
     dataset: str = ""                  # folder of train.txt, test.txt or of their *_metadata.jsonl
     resolution: int = 48               # height and width of the images in pixels
     max_sequence_length: int = 14      # tokens of the T5 encoder
@@ -699,26 +749,28 @@ class Config:
     resume: str = ""                   # a run's folder, to go on with its own options
     report_to: str = ""                # also log to tensorboard, wandb, trackio, swanlab, ...
     seed: int = 0                      # of everything random: same seed, same machine, same run
-    epochs: int = 8                    # an epoch: sample, score, update. 0 only evaluates
-    eval_every: int = 4                # epochs between evaluations
+    epochs: int = 6                    # an epoch: sample, score, update. 0 only evaluates
+    eval_every: int = 3                # epochs between evaluations
     # sampling
     groups: int = 8                    # prompts an epoch; more: a gradient with less noise
     group_size: int = 16               # images of each prompt; the paper saw 6 and 12 collapse
     train_steps: int = 10              # T of training: enough to tell good from bad
     eval_steps: int = 40               # T of the evaluation
     noise_level: float = 0.7           # a: too little explores nothing, too much spoils the images
-    window: int = 2                    # SDE steps, and only they are trained. 0: all but the last
+    window: int = 1                    # SDE steps, and only they are trained. 0: all but the last
     latest_start: int = 0              # the window begins at a random step from 0 to this
     same_noise: bool = True            # a group starts from one noise, and only the window differs
     sde: str = "flow"                  # flow, the paper's, or cps, which leaves no noise in images
     guidance: float = 1.0              # classifier-free. 1 is off. FLUX: its distilled guidance
     # learning
     updates: int = 2                   # optimizer steps an epoch; clipping acts from the second on
-    learning_rate: float = 2e-3        # of AdamW
+    learning_rate: float = 3e-3        # of AdamW
     lr_decay: bool = True              # it falls to 0 with the last epoch
+    adam_eps: float = 1e-8             # must be far below the gradients of one weight
     clip_range: float = 1e-3           # how far a ratio may leave 1
     beta: float = 0.5                  # weight of the KL: more keeps quality and slows the reward
     std_over: str = "batch"            # whose std divides the advantages: batch or group
+    combine: str = "sum"               # several rewards: their weighted sum, or gdpo
     lora_rank: int = 32                # size of what is trained
     lora_alpha: int = 64               # the LoRA's output is scaled by alpha / rank
     ema_decay: float = 0.9             # of the averaged weights that are evaluated. 0 is off
@@ -736,14 +788,21 @@ PAPER = dict(
     precision="bf16", epochs=1000, eval_every=30, groups=48, group_size=24, window=0,
     same_noise=False, guidance=4.5, learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04,
     ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
+# What one GPU of 24 GB can afford. Source: verl-omni's fast convergence test (pull request 178).
+FAST = PAPER | dict(
+    resolution=384, epochs=100, eval_every=10, groups=8, group_size=8, eval_steps=28, window=3,
+    latest_start=2, sde="cps", noise_level=0.8, guidance=1.0, clip_range=1e-5, beta=0.0,
+    adam_eps=1e-15, gradient_checkpointing=True, offload=True, eval_prompts=64)
 PRESETS = {
     "": {},
     # The toy: for OCR the defaults above; these two rewards take longer.
     "geneval": dict(groups=16, epochs=36, eval_every=12, window=2, learning_rate=2e-3, beta=0.1),
     "toy_pickscore": dict(epochs=16, eval_every=8, window=2, learning_rate=2e-3, beta=0.1),
     "sd3.5-medium": PAPER,
-    "sd3.5-medium-24gb": PAPER | dict(  # the same algorithm with smaller epochs
-        groups=12, batch_size=4, gradient_checkpointing=True, offload=True, eval_prompts=100),
+    "sd3.5-medium-fast": FAST,
+    "sana-0.6b": FAST | dict(  # 8 GB; nobody has reported a run with these numbers
+        model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
+        max_sequence_length=300, batch_size=4),
     "flux.1-dev": PAPER | dict(  # the official train_flux.py; the paper's appendix has only scores
         model="black-forest-labs/FLUX.1-dev", train_steps=6, eval_steps=28, guidance=3.5,
         noise_level=0.9, beta=0.0, lora_rank=64, lora_alpha=128, batch_size=4,
@@ -752,7 +811,8 @@ PRESETS = {
 MAY_BE_0 = "seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts"
 CHOICES = dict(
     preset=PRESETS, report_to=["", *LOGGER_TYPE_TO_CLASS],
-    precision=["fp32", "bf16"], sde=["flow", "cps"], std_over=["batch", "group"])
+    precision=["fp32", "bf16"], sde=["flow", "cps"], std_over=["batch", "group"],
+    combine=["sum", "gdpo"])
 RULES = [
     "train_steps >= 2", "group_size >= 2", "window + latest_start < train_steps", "ema_decay < 1",
     "sde == 'flow' or noise_level < 1", "group_size % updates == 0", "groups % processes == 0",
@@ -798,7 +858,7 @@ def check(config):
         value = options[f.name]
         if f.type is not float and type(value) is not f.type:
             raise TypeError(f"{f.name}: {value!r}")
-        least = 0 if f.name in MAY_BE_0 else 1 if f.type is int else 1e-12
+        least = 0 if f.name in MAY_BE_0 else 1 if f.type is int else 1e-18
         if f.type in (int, float) and not least <= value < 2**31:
             stop(f"--{f.name} {value}: must be {least} or more, and less than {2**31}")
     if config.report_to not in ["", *map(str, get_available_trackers())]:

@@ -1,5 +1,6 @@
-"""Random models of the real classes, for the tests: pipelines of SD3.5-Medium and FLUX.1-dev, and
-CLIP, Mask2Former and Qwen2.5-VL for rewards. Each has a few thousand weights and knows nothing.
+"""Random models of the real classes, for the tests: pipelines of SD3.5-Medium, FLUX.1-dev and
+SANA, and CLIP, Mask2Former and Qwen2.5-VL for rewards. Each has a few thousand weights and knows
+nothing.
 """
 from pathlib import Path
 
@@ -29,11 +30,11 @@ def text_encoders(width):
         model_max_length=512)
     t5 = T5EncoderModel(T5Config(
         vocab_size=len(t5_tokenizer), d_model=width, d_kv=16, d_ff=32, num_layers=1, num_heads=2))
-    return clip, tokenizer, t5, t5_tokenizer
+    return clip, tokenizer, t5.eval(), t5_tokenizer  # without eval, T5 drops out
 
 
 def pipeline(family):
-    """The toy, or random weights in SD3.5-Medium's or FLUX.1-dev's classes"""
+    """The toy, or random weights in the classes of SD3.5-Medium, FLUX.1-dev or SANA"""
     import diffusers
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
     if family == "toy":
@@ -55,6 +56,8 @@ def pipeline(family):
                 in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
                 num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
                 guidance_embeds=True, axes_dims_rope=(4, 6, 6)))
+    if family == "sana":
+        return sana()
     clip, tokenizer, t5, t5_tokenizer = text_encoders(64)
     return diffusers.StableDiffusion3Pipeline(
         vae=vae, scheduler=scheduler(shift=3.0),
@@ -66,6 +69,32 @@ def pipeline(family):
             attention_head_dim=16, num_attention_heads=2, joint_attention_dim=64,
             caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=16,
             qk_norm="rms_norm", dual_attention_layers=(0,)))
+
+
+def sana():
+    """SANA as its hub repository has it, with its DPM-Solver"""
+    import diffusers
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+    signs = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *map(chr, range(33, 127)), "\n"]
+    tokenizer = GemmaTokenizer(vocab={sign: i for i, sign in enumerate(signs)}, merges=[])
+    gemma = Gemma2Model(Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16))
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1), encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock", encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()), upsample_block_type="interpolate",
+        downsample_block_type="stride_conv", scaling_factor=0.41407)
+    return diffusers.SanaPipeline(
+        tokenizer=tokenizer, text_encoder=gemma, vae=vae,
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"),
+        transformer=diffusers.SanaTransformer2DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
+            num_layers=1, num_cross_attention_heads=2, cross_attention_head_dim=16,
+            cross_attention_dim=32, caption_channels=32, sample_size=16))
 
 
 def clip(folder):
