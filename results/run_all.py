@@ -34,6 +34,7 @@ ALL = "--eval_prompts 0"  # an evaluation on every test prompt; it changes nothi
 OCR = "--reward ocr --eval_reward toy_sign,toy_inks"
 GENEVAL = "--reward geneval --eval_reward toy_taste"
 PICKSCORE = "--reward toy_pickscore --eval_reward toy_taste"
+TWICE = "--learning_rate 4e-3 --no-lr_decay --epochs 24"  # further than anyone should go
 DEV = f"{OCR} --dataset dev/ocr"  # a part of the training words: no test word decides anything
 ALONE = "time/"
 RUNS = [
@@ -49,8 +50,8 @@ RUNS = [
     # the KL, and what happens without it
     ("ocr/beta0", f"{OCR} --beta 0 {ALL}", THREE),
     ("pickscore/beta0", f"{PICKSCORE} --beta 0 {ALL}", THREE),
-    ("pickscore/lr3e-3-beta0.3", f"{PICKSCORE} --learning_rate 3e-3 --beta 0.3 {ALL}", THREE),
-    ("pickscore/lr3e-3-beta0", f"{PICKSCORE} --learning_rate 3e-3 --beta 0 {ALL}", THREE),
+    ("pickscore/twice-beta0.3", f"{PICKSCORE} {TWICE} --beta 0.3 {ALL}", THREE),
+    ("pickscore/twice-beta0", f"{PICKSCORE} {TWICE} --beta 0 {ALL}", THREE),
 
     ("generalisation/default", f"{GENEVAL} --dataset dev/generalisation {ALL}", [0]),
 
