@@ -56,7 +56,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather, gather_object, reduce
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import rewards
@@ -193,16 +193,6 @@ def group_advantages(scores, std_over="batch"):
     return advantages.clamp(-5, 5).float()
 
 
-def gdpo(scores, weights):
-    """Several rewards -> one score [groups, group_size] (GDPO, arXiv 2601.05242). scores: a list
-
-    In a plain sum the reward with the widest spread decides alone. So each is first divided by its
-    own spread within the group. group_advantages then does the rest.
-    """
-    each = [group_advantages(score, "group") for score in scores]
-    return sum(weight * advantages for weight, advantages in zip(weights, each))
-
-
 def clipped_loss(ratio, advantages, clip_range):
     """The policy's part of equation 5, to be minimised. All are [B].
 
@@ -226,6 +216,16 @@ def clipped_loss(ratio, advantages, clip_range):
 #
 # (Later methods, DiffusionNFT and AWM, need no SDE: they add noise to finished images, and weigh
 # the loss of pretraining by the advantage. Their papers report 2 to 25 times less work.)
+#
+# What we call a policy here is the class Policy of chapter 5, with these methods and fields:
+#
+#     encode(prompts)            the condition, tensors [B, ...]: what the network is told
+#     velocity(x, t, condition)  the network's v [B, C, H, W]
+#     time_grid(T)               times [T+1]. SD3.5, T = 10: 1, 0.96, 0.91, ... 0.46, 0.28, 0.01, 0
+#     decode(x)                  latents -> B images
+#     reference(), averaged()    contexts with other weights: the base model's, the moving average
+#     optimize()                 one step of AdamW with the gradients that are there
+#     latent_shape, device       (C, H, W), and where they live
 
 
 @dataclass
@@ -431,10 +431,7 @@ def train_epoch(policy, config, reward, train_set, epoch):
     drawn = rollout(policy, config, prompts, seeds, config.train_steps, window, first_seeds)
     scores = score(reward, drawn.images, prompts, metadata)
     total = torch.tensor(scores["reward"]).view(groups, size)
-    compared = total
-    if config.combine == "gdpo":
-        parts = [torch.tensor(scores[name]).view(groups, size) for name in reward]
-        compared = gdpo(parts, [weight for _, weight in reward.values()])
+    compared = gdpo(reward, scores, size) if config.combine == "gdpo" else total
     advantages = group_advantages(compared, config.std_over)
     advantages = my_part(advantages).flatten()
     metrics = update(policy, config, drawn, advantages, rng)
@@ -1055,6 +1052,17 @@ def score(reward, images, prompts, metadata):
     return {name: np.array(gather_object(values)) for name, values in scores.items()}
 
 
+def gdpo(reward, scores, group_size):
+    """Several rewards -> one score [groups, group_size] (GDPO, arXiv 2601.05242)
+
+    In a plain sum the reward with the widest spread decides alone. So each is first divided by its
+    own spread within the group. group_advantages then does the rest.
+    """
+    parts = [weight * group_advantages(torch.tensor(scores[name]).view(-1, group_size), "group")
+             for name, (_, weight) in reward.items()]
+    return sum(parts)
+
+
 def averages(scores, key):
     """-> the mean reward, and that of each part"""
     return {f"{key}/{name}".removesuffix("/reward"): scores[name].mean() for name in scores}
@@ -1081,16 +1089,15 @@ def diversity(images, n):
 def draw_grid(images, rows, scores, folder, epoch):
     """The first 32 images, each under its prompt and score -> samples/<epoch>.png"""
     images = gather_object(images[:32])
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    figure.suptitle(f"after {epoch} epoch{'s' * (epoch != 1)}")
-    places = figure.subplots(4, 8).ravel()
-    for place in places:
-        place.axis("off")
-    for place, image, (prompt, _), value in zip(places, images, rows, scores):
-        place.imshow(image, interpolation="lanczos")
-        place.set_title(f"{prompt[:28]}\n{value:.2f}", fontsize=7)
+    sheet = Image.new("RGB", (1200, 760), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((8, 4), f"after {epoch} epoch{'s' * (epoch != 1)}", "black", font_size=24)
+    for n, (image, (prompt, _), value) in enumerate(zip(images[:32], rows, scores)):
+        x, y = n % 8 * 150 + 8, n // 8 * 180 + 38
+        pen.text((x, y), f"{prompt[:24]}\n{value:.2f}", "black", font_size=11)
+        sheet.paste(image.resize((140, 140), Image.Resampling.LANCZOS), (x, y + 30))
     if PROCESSES.is_main_process:
-        figure.savefig(folder / f"samples/{epoch:04d}.png")
+        sheet.save(folder / f"samples/{epoch:04d}.png")
 
 
 def draw_results(folder, rows):

@@ -165,11 +165,14 @@ def test_gdpo_lets_a_reward_of_small_spread_steer_too():
     wide, narrow = 100 * torch.randn(3, 8), torch.randn(3, 8)
     advantages = lambda scores: flow_grpo.group_advantages(scores).flatten()
     likeness = lambda a, b: torch.corrcoef(torch.stack([a, b]))[0, 1]
-    both = advantages(flow_grpo.gdpo([wide, narrow], [1, 1]))
-    assert likeness(both, advantages(narrow)) > 0.5 > 0.3 > likeness(
-        advantages(wide + narrow), advantages(narrow))
-    assert likeness(advantages(flow_grpo.gdpo([wide, narrow], [1, 9])), advantages(narrow)) > 0.9
-    for own, plain in zip(flow_grpo.gdpo([wide], [2.0]), flow_grpo.group_advantages(wide)):
+    def gdpo(*weights):
+        reward = dict(zip(("wide", "narrow"), ((None, weight) for weight in weights)))
+        scores = {"wide": wide.flatten().numpy(), "narrow": narrow.flatten().numpy()}
+        return flow_grpo.gdpo(reward, scores, 8)
+    assert likeness(advantages(gdpo(1, 1)), advantages(narrow)) > 0.5
+    assert likeness(advantages(wide + narrow), advantages(narrow)) < 0.3
+    assert likeness(advantages(gdpo(1, 9)), advantages(narrow)) > 0.9
+    for own, plain in zip(gdpo(2), flow_grpo.group_advantages(wide)):
         close(own / own.norm(), plain / plain.norm())  # one reward: the same but for each's scale
 
 
@@ -529,6 +532,8 @@ def test_the_metrics_of_an_epoch(monkeypatch):
     (_, _, its_drawn, advantages, _), = updates
     assert its_drawn is drawn
     close(advantages, [-1 / total.std(), 1 / total.std()] * 2 + [0] * 4, 1e-3)
+    flow_grpo.train_epoch(None, small(combine="gdpo"), reward, [("a", {}), ("b", {})], 0)
+    close(updates[1][3], [-(2**0.5), 2**0.5] * 2 + [0] * 4, 1e-3)  # of std 1 over the batch
 
 
 def test_the_metrics_of_an_evaluation(monkeypatch, fresh, tmp_path):

@@ -235,11 +235,14 @@ def noise_decides(prompts=8, size=16, late=5, cell=64):
 def headline(task, keys, *paper):
     """A task's table: keys of `final` and their titles; at the end the paper's lines"""
     main, lines = next(iter(keys)), []
+    earlier = dict(ocr="ocr/8-epochs", geneval="geneval/constant-rate",
+                   pickscore="pickscore/constant-rate")[task]
     base = found(f"base/{task}")[f"base/{task}"]
     first = runs(f"{task}/default", FIRST)
     published = [row for row in first if row["seed"] in (0, 1, 2)]
     later = [row for row in first if row not in published] + runs(f"{task}/default-again", FIRST)
     for name, rows in (("the toy as it is", base), ("**trained**", runs(f"{task}/default")),
+                       ("earlier settings, seeds from 2001", runs(earlier)),
                        ("first edition, seeds 0, 1, 2", published),
                        ("first edition, runs made later", later)):
         trained = [row for row in rows if row["curves"].get("epoch")]
@@ -337,7 +340,7 @@ def hacking():
     """PickScore at twice the rate: the trained score, the held-out taste, diversity"""
     keys = {"eval_reward": "trained on: toy_pickscore",
             "eval_reward/toy_taste": "held out: toy_taste", "eval_diversity": "diversity"}
-    both = found("pickscore/lr3e-3-beta0.3", "pickscore/lr3e-3-beta0")
+    both = found("pickscore/twice-beta0.3", "pickscore/twice-beta0")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 3), keys.items()):
         for rows, color, text in zip(both.values(), (BLUE, RED), ("with KL", "without KL")):
@@ -353,7 +356,7 @@ def kl():
     for task, with_kl, without in (
             ("text", "ocr/default", "ocr/beta0"), ("scenes", "geneval/default", "geneval/beta0"),
             ("preference", "pickscore/default", "pickscore/beta0"),
-            ("preference, lr 3e-3", "pickscore/lr3e-3-beta0.3", "pickscore/lr3e-3-beta0")):
+            ("preference, twice the rate", "pickscore/twice-beta0.3", "pickscore/twice-beta0")):
         for name, rows in found(with_kl, without).items():
             rows = [row for row in rows if row["curves"]]
             moved = np.mean([row["curves"]["kl"][-4:] for row in rows])
@@ -380,20 +383,19 @@ ABLATIONS = {
         "T40": "T = 40", "default": "T = 10, the default", "T5": "T = 5"}),
     "windows": ("Noisy steps", {
         "default": "1, the default", "window2": "2", "window3": "3", "window0": "all but the last",
-        "cps": "1, CPS"}),
-    "places": ("Where the noisy steps begin", {
-        "default": "at 0, the default", "start0-1": "0 or 1", "start0-3": "0 to 3"}),
+        "cps": "1, CPS", "start0-3": "1, beginning at 0 to 3"}),
     "noise": ("Noise level", {
         "noise0.1": "0.1", "noise0.4": "0.4", "default": "0.7, the default", "noise1.0": "1.0"}),
     "groups": ("Groups x images of each", {
-        "groups4x32": "4 x 32", "groups5x24": "5 x 24", "default": "8 x 16, the default",
-        "groups11x12": "11 x 12", "groups21x6": "21 x 6"}),
-    "seeds": ("First noise in a group", {
-        "default": "the same, the default", "different-noise": "different"}),
-    "learning": ("Learning", {
-        "default": "the defaults", "clip5e-4": "clip range 5e-4", "clip3e-4": "clip range 3e-4",
-        "clip1e-4": "clip range 1e-4", "updates1": "1 update", "updates4": "4 updates",
-        "std-group": "std of the group"}),
+        "groups4x32": "4 x 32", "default": "8 x 16, the default", "groups21x6": "21 x 6",
+        "different-noise": "8 x 16, different first noise", "std-group": "8 x 16, std of the group"
+        }),
+    "clip": ("Clipping", {
+        "default": "clip range 1e-3, the default", "clip5e-4": "5e-4", "clip3e-4": "3e-4",
+        "clip1e-4": "1e-4", "updates1": "1 update", "updates4": "4 updates"}),
+    "beta": ("KL and rate", {
+        "beta0": "beta 0", "default": "beta 0.5, the default", "beta0.6": "beta 0.6",
+        "beta1": "beta 1", "constant-rate": "constant rate 2e-3, 10 epochs"}),
 }
 
 
@@ -430,13 +432,13 @@ def ablations():
                 names[run.rpartition("/")[2]], str(len(rows)),
                 spread([line[len(line) // 2] for line in accuracy]),
                 spread([line[-1] for line in accuracy]), spread(reward),
-                f"{np.mean(clipped):.1%}"])
+                spread(values(rows, "eval_reward/toy_inks"), 2), f"{np.mean(clipped):.1%}"])
         if len(cells) > 1:
             lines.append([label(title, rows), *map("<br>".join, zip(*cells))])
     there = [name for name in ABLATIONS if (OUT / f"{name}.png").exists()]
     pictures = [f"![{ABLATIONS[name][0]}](figures/{name}.png)" for name in there]
     return [*table(["", "setting", "seeds", "whole words at half time", "at the end",
-                    "training reward, first half", "clipped"], *lines), "", " ".join(pictures)]
+                    "training reward, first half", "inks", "clipped"], *lines), "", " ".join(pictures)]
 
 
 # --------------------------------------------------------------------- what the runs' folders hold
@@ -457,18 +459,18 @@ def pictures():
 def hacked():
     """The same prompts and seeds before training, and after it with KL and without"""
     strips = {}
-    for text, folder, which in (("before", "pickscore-lr3e-3-beta0", 0),
-                                ("with KL", "pickscore-lr3e-3-beta0.3", -1),
-                                ("without KL", "pickscore-lr3e-3-beta0", -1)):
+    for text, folder, which in (("before", "pickscore-twice-beta0", 0),
+                                ("with KL", "pickscore-twice-beta0.3", -1),
+                                ("without KL", "pickscore-twice-beta0", -1)):
         there = sorted(RUNS.glob(f"{folder}-seed0/samples/*.png"))
         if not there:
             raise Missing(f"there is no runs/{folder}-seed0/samples")
         strips[text] = Image.open(there[which])
-    width, height = strips["before"].width, 2 * 178  # two rows of images with their captions
+    width, height = strips["before"].width, 2 * 180  # two rows of images with their captions
     image = Image.new("RGB", (width + 100, 3 * height), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(16)
     for i, (text, grid) in enumerate(strips.items()):
-        image.paste(grid.crop((0, 0, width, height)), (100, i * height))
+        image.paste(grid.crop((0, 38, width, 38 + height)), (100, i * height))
         pen.text((6, i * height + height // 2), text, "black", font)
     image.save(OUT / "hacking-pictures.png")
 
