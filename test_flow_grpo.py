@@ -564,6 +564,11 @@ def test_an_evaluation_draws_with_the_averaged_weights(fresh, tmp_path):
     before = weights(policy)
     flow_grpo.evaluate(policy, config, reward, [(prompt, {})], tmp_path, 0)
     assert torch.equal(weights(policy), before)
+    flow_grpo.save(policy, tmp_path, [])  # and these are the weights that diffusers gets
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors").values()
+    total = lambda tensors: sum(tensor.abs().sum() for tensor in tensors)
+    close(total(saved), total(policy.average))
+    assert abs(total(saved) / total(policy.params) - 1) > 0.1
     for p, average in zip(policy.params, policy.average):
         p.data = average.clone()
     averaged, = flow_grpo.rollout(policy, config, [prompt], [0], config.eval_steps).images

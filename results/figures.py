@@ -394,8 +394,8 @@ ABLATIONS = {
         "default": "clip range 1e-3, the default", "clip5e-4": "5e-4", "clip3e-4": "3e-4",
         "clip1e-4": "1e-4", "updates1": "1 update", "updates4": "4 updates"}),
     "beta": ("KL and rate", {
-        "beta0": "beta 0", "default": "beta 0.5, the default", "beta0.6": "beta 0.6",
-        "beta1": "beta 1", "constant-rate": "constant rate 2e-3, 10 epochs"}),
+        "beta0": "beta 0", "default": "beta 0.5, the default", "beta1": "beta 1",
+        "constant-rate": "beta 0.5, constant rate, 12 epochs"}),
 }
 
 
