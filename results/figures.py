@@ -430,15 +430,15 @@ def ablations():
             clipped = [np.add(curve["clip_low"], curve["clip_high"]).mean() for curve in curves]
             cells.append([
                 names[run.rpartition("/")[2]], str(len(rows)),
-                spread([line[len(line) // 2] for line in accuracy]),
                 spread([line[-1] for line in accuracy]), spread(reward),
                 spread(values(rows, "eval_reward/toy_inks"), 2), f"{np.mean(clipped):.1%}"])
         if len(cells) > 1:
             lines.append([label(title, rows), *map("<br>".join, zip(*cells))])
     there = [name for name in ABLATIONS if (OUT / f"{name}.png").exists()]
     pictures = [f"![{ABLATIONS[name][0]}](figures/{name}.png)" for name in there]
-    return [*table(["", "setting", "seeds", "whole words at half time", "at the end",
-                    "training reward, first half", "inks", "clipped"], *lines), "", " ".join(pictures)]
+    head = ["", "setting", "seeds", "whole words at the end", "training reward, first half", "inks",
+            "clipped"]
+    return [*table(head, *lines), "", " ".join(pictures)]
 
 
 # --------------------------------------------------------------------- what the runs' folders hold

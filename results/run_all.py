@@ -35,7 +35,8 @@ OCR = "--reward ocr --eval_reward toy_sign,toy_inks"
 GENEVAL = "--reward geneval --eval_reward toy_taste"
 PICKSCORE = "--reward toy_pickscore --eval_reward toy_taste"
 TWICE = "--learning_rate 4e-3 --no-lr_decay"  # further than anyone should go
-DEV = f"{OCR} --dataset dev/ocr --eval_every 6"  # a part of the training words: no test word decides anything
+# A part of the training words, so that no test word decides anything
+DEV = f"{OCR} --dataset dev/ocr --eval_every 6"
 ALONE = "time/"
 RUNS = [
     ("base/ocr", f"{OCR} --epochs 0 {ALL}", [0]),
