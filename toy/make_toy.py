@@ -104,8 +104,8 @@ def split_scenes():
 
     The training has more of what the base model finds hard, and each prompt equally often.
     """
-    ratio = {"position": (7, 7), "counting": (6, 5), "color_attr": (5, 3), "colors": (2, 1),
-             "two_object": (1, 1), "single_object": (0, 0)}
+    ratio = {"position": (7, 7), "counting": (4, 5), "color_attr": (5, 3), "colors": (3, 1),
+             "two_object": (2, 1), "single_object": (0, 0)}
     rng, train, tests = random.Random(SEED), [], []
     for tag, (weight, used_before) in ratio.items():
         rows = scenes(tag)
