@@ -16,14 +16,14 @@ Symbols
   t, s       time: 1 is noise, 0 is data. A step goes from t down to s. (diffusers says `sigmas`.)
   x          latents at time t: x = (1-t) data + t noise
   v          velocity, v = noise - data: what the network predicts
-  sigma      how much noise the SDE adds: noise_level * sqrt(t/(1-t)), where the paper writes a
+  sigma      how much noise the SDE adds: noise_level * sqrt(t/(1-t)); the paper's a is noise_level
   mean, std  of the Gaussian step
   T, K, B    steps of a drawing, SDE steps among them, images in a tensor; [B, ...] are shapes
 
 The paper and its official code (github.com/yifan123/flow_grpo) do not always agree. We follow the
 code, because the published learning rate, clip range and beta were made for it. PAPER/CODE marks
 each such place. Chapters 1 to 4 are the method, 5 drives diffusers' models, 6 to 8 are options,
-files and pictures. On one GPU, my_part and gather_object give back what they are given.
+files and pictures. my_part and gather_object share the work of GPUs; on one they do nothing.
 
   python flow_grpo.py --reward ocr                    # teach the embedded toy to write
   python flow_grpo.py --reward flow_grpo:redness      # your own reward is a function
@@ -106,7 +106,7 @@ def sde_steps(times, noise_level, sde="flow"):
     t, s = times[:-1], times[1:]
     if sde == "flow":
         # At t = 1 sigma would be infinite. The official code puts the next time in its denominator.
-        # So the first std is noise_level, for any step size: there the marginal is kept about.
+        # So the first std is noise_level, for any step size. It keeps the marginal only roughly.
         below_one = torch.where(t == 1, s[0], t)
         sigma = noise_level * torch.sqrt(t / (1 - below_one))
         std = sigma * torch.sqrt(t - s)
@@ -214,8 +214,8 @@ def clipped_loss(ratio, advantages, clip_range):
 # is one drawing from noise to image. The reward comes once, at the end. Nobody knows which of the
 # steps deserves it, so each step of an image gets the image's advantage.
 #
-# (Later methods, DiffusionNFT and AWM, need no SDE: they add noise to finished images, and weigh
-# the loss of pretraining by the advantage. Their papers report 2 to 25 times less work.)
+# (Later methods, DiffusionNFT and AWM, need no SDE: they add noise to finished images and train on
+# them by their reward. 2 to 25 times less work is reported.)
 #
 # What we call a policy here is the class Policy of chapter 5, with these methods and fields:
 #
@@ -232,7 +232,7 @@ def clipped_loss(ratio, advantages, clip_range):
 class Rollout:
     images: list            # B PIL images, group after group
     prompts: list           # B texts
-    condition: list         # B encoded prompts: what the network is told, tensors [B, ...]
+    condition: list         # the encoded prompts, what the network is told: tensors [B, ...]
     steps: Steps            # all T
     window: range           # the K of them that are SDE steps
     latents: torch.Tensor   # [B, K+1, C, H, W] before the first SDE step and after each
@@ -244,13 +244,13 @@ def choose_window(config, rng):
 
     PAPER/CODE: the paper trains all steps. The code leaves out the last, and so do we. diffusers'
     grid for SD3 and the toy has T times from 1 to almost 0, and then 0. So the last std is next to
-    nothing, and a ratio explodes. FLUX's grid goes from 1 to 1/T, and then to 0. There the last std
-    is large, and its noise would stay in the image. (The official train_sd3.py still adds noise in
-    the last step, untrained. We end by the ODE, as its train_sd3_fast.py does.)
+    nothing, and a ratio explodes. FLUX's grid goes from 1 to 1/T, is shifted, and then goes to 0.
+    There the last std is large, and its noise would stay in the image. (The official train_sd3.py
+    still adds noise in the last step, untrained. We end by the ODE, as its train_sd3_fast.py does.)
 
     A short window, the authors' later Flow-GRPO-Fast, is enough: what an image shows is decided in
     the first, noisy steps, and the rest sharpens it. So there the rewards of a group differ most.
-    It saves work in the update: K passes for each image, not T-1. Drawing costs T passes as before.
+    It saves work in the update: K steps of each image, not T-1. Drawing costs T passes as before.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -265,17 +265,12 @@ def normal(policy, generators):
     return torch.stack(noise).to(policy.device)
 
 
-def draw(policy, prompts, condition, steps, window, seeds, first_seeds=None):
-    """One image for each prompt and seed: SDE steps in the window, ODE steps elsewhere.
+def draw(policy, x, prompts, condition, steps, window, generators):
+    """From the first noise x [B, C, H, W] to images: SDE steps in the window, ODE steps elsewhere.
 
     Gives the final x [B, C, H, W] and, of the SDE steps, latents [B, K+1, C, H, W] and log_prob
-    [B, K]. The first noise is each seed's own, or that of first_seeds to make images start alike.
+    [B, K]. Each image takes its noise from its own generator.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x = normal(policy, generators)  # drawn in any case: what follows must not depend on it
-    if first_seeds:
-        first = [torch.Generator().manual_seed(seed) for seed in first_seeds]
-        x = normal(policy, first)
     B, K = len(x), len(window)
     latents = x.new_empty(B, K + 1, *policy.latent_shape)
     log_prob = x.new_empty(B, K)
@@ -295,8 +290,10 @@ def draw(policy, prompts, condition, steps, window, seeds, first_seeds=None):
 
 
 @torch.no_grad()
-def rollout(policy, config, prompts, seeds, T, window=range(0), first_seeds=None):
+def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
     """An image for each prompt and seed in T steps, in micro-batches -> Rollout
+
+    alike: so many images in a row start from one noise, that of the first of them.
 
     Denoising reduction: training draws with T = 10. Such images are worse than those of 40 steps.
     But an advantage only compares images that were drawn alike, and for that they are good enough.
@@ -305,14 +302,16 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), first_seeds=None
     times = policy.time_grid(T)
     steps = sde_steps(times, config.noise_level, config.sde)
     condition = policy.encode(prompts)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    first = normal(policy, generators)  # all draw theirs, so that what follows differs
+    first = first[::alike].repeat_interleave(alike, 0)
     images, latents, log_probs = [], [], []
     starts = range(0, len(seeds), config.batch_size)
     for start in progress(starts, "sampling"):
         micro = slice(start, start + config.batch_size)
         own_condition = [c[micro] for c in condition]
-        own_first_seeds = first_seeds and first_seeds[micro]
         x, path, log_prob = draw(
-            policy, prompts[micro], own_condition, steps, window, seeds[micro], own_first_seeds)
+            policy, first[micro], prompts[micro], own_condition, steps, window, generators[micro])
         images += policy.decode(x)
         latents.append(path)
         log_probs.append(log_prob)
@@ -329,21 +328,16 @@ def update(policy, config, drawn, advantages, rng):
 
     drawn, advantages [B]: this process's whole groups. rng is the same on every process.
     """
-    size = config.group_size
-    K = len(drawn.window)
-    orders = [rng.sample(range(size), size) for _ in range(config.groups)]
-    orders = my_part(orders)
+    size, K = config.group_size, len(drawn.window)
+    orders = my_part([rng.sample(range(size), size) for _ in range(config.groups)])
     first = size * torch.arange(len(orders))  # each group's first image
     shuffled = first[:, None] + torch.tensor(orders)  # [groups, group_size], numbers of images
-    terms = []
-    norms = []
+    terms, norms = [], []
     for part in shuffled.chunk(config.updates, dim=1):
-        every_i = part.flatten().repeat_interleave(K)  # each image of the part,
-        every_k = torch.arange(K).repeat(part.numel())  # at each of its SDE steps
-        count = len(every_i) * PROCESSES.num_processes
-        pairs = zip(every_i.split(config.batch_size), every_k.split(config.batch_size))
-        for i, k in progress(list(pairs), "update"):
-            policy_loss, kl, ratio = losses(policy, config, drawn, advantages, i, k)
+        pairs = torch.cartesian_prod(part.flatten(), torch.arange(K))  # each image at each SDE step
+        count = len(pairs) * PROCESSES.num_processes
+        for pair in progress(pairs.split(config.batch_size), "update"):
+            policy_loss, kl, ratio = losses(policy, config, drawn, advantages, *pair.T)
             if not norms:  # in the first update
                 check_ratio(ratio, config.clip_range)
             loss = policy_loss + config.beta * kl
@@ -359,15 +353,13 @@ def losses(policy, config, drawn, advantages, i, k):
     x = drawn.latents[i, k]
     x_next = drawn.latents[i, k + 1]
     log_prob_old = drawn.log_prob[i, k]
-    place = drawn.window.start + k  # for each image its own
-    step = drawn.steps.at(place)  # each field is [b, 1, 1, 1]
+    step = drawn.steps.at(drawn.window.start + k)  # for each image its own: [b, 1, 1, 1]
     condition = [c[i] for c in drawn.condition]
 
     v = policy.velocity(x, step.t, condition)
     _, log_prob, mean = sde_step(x, v, step, x_next=x_next)
     ratio = torch.exp(log_prob - log_prob_old)
-    advantage = advantages[i].to(ratio.device)
-    policy_loss = clipped_loss(ratio, advantage, config.clip_range)
+    policy_loss = clipped_loss(ratio, advantages[i].to(ratio.device), config.clip_range)
 
     with policy.reference(), torch.no_grad():
         v_ref = policy.velocity(x, step.t, condition)
@@ -380,13 +372,12 @@ def losses(policy, config, drawn, advantages, i, k):
 
 
 def check_ratio(ratio, clip_range):
-    """Before the first optimizer step the policy is still the one that drew: each ratio must be 1.
+    """Until the first optimizer step, the policy is the one that drew: each ratio must be 1.
 
-    Rounding may move it by half of the clip range, at least by 1e-5 and at most by 1e-4.
+    The tolerance for rounding is half the clip range, but at least 1e-5 and at most 1e-4.
     """
     off = (ratio - 1).abs().max().item()
-    limit = min(1e-4, max(clip_range / 2, 1e-5))
-    if not off <= limit:  # not "off > limit": nan must stop, too
+    if not off <= min(1e-4, max(clip_range / 2, 1e-5)):  # not "off > ...": nan must stop, too
         stop(f"the ratio is off by {off:.2g} before the first update, where it must be 1: sampling "
              "and training do not compute the same log-probability (guidance, dropout, a changed "
              "rollout, or, with bf16, micro-batches of several sizes: let --batch_size divide the "
@@ -417,18 +408,15 @@ def learning_rate(config, epoch):
 def train_epoch(policy, config, reward, train_set, epoch):
     """Sample, score, compare, update -> metrics. All randomness comes from (seed, epoch)."""
     rng = random.Random(f"{config.seed}/{epoch - 1}")  # the first epoch is number 1
-    groups = config.groups
-    size = config.group_size
+    groups, size = config.groups, config.group_size
     repeats = math.ceil(groups / len(train_set))  # above 1 for a dataset smaller than an epoch
     chosen = rng.sample(train_set * repeats, groups)
     samples = [(*row, rng.getrandbits(60)) for row in chosen for _ in range(size)]
     window = choose_window(config, rng)
 
     prompts, metadata, seeds = zip(*my_part(samples))
-    first_seeds = None
-    if config.same_noise:  # every image of a group starts as its first one
-        first_seeds = [seeds[i - i % size] for i in range(len(seeds))]
-    drawn = rollout(policy, config, prompts, seeds, config.train_steps, window, first_seeds)
+    alike = size if config.same_noise else 1
+    drawn = rollout(policy, config, prompts, seeds, config.train_steps, window, alike)
     scores = score(reward, drawn.images, prompts, metadata)
     total = torch.tensor(scores["reward"]).view(groups, size)
     compared = gdpo(reward, scores, size) if config.combine == "gdpo" else total
@@ -436,7 +424,7 @@ def train_epoch(policy, config, reward, train_set, epoch):
     advantages = my_part(advantages).flatten()
     metrics = update(policy, config, drawn, advantages, rng)
 
-    equal = total.amax(1) == total.amin(1)
+    equal = compared.amax(1) == compared.amin(1)
     metrics["no_signal"] = equal.float().mean()  # the share of groups that teach nothing
     metrics["group_std"] = total.std(1).mean()
     metrics["reward_std"] = total.std()
@@ -461,10 +449,8 @@ def evaluate(policy, config, reward, test_set, folder, epoch):
     with policy.averaged():
         images = rollout(policy, config, prompts, seeds, config.eval_steps).images
     scores = score(reward, images, prompts, metadata)
-    first = next(iter(reward))
-    right = scores[first] == 1
-    metrics = averages(scores, "eval_reward")
-    metrics |= accuracies(right, test_set)
+    right = scores[next(iter(reward))] == 1
+    metrics = averages(scores, "eval_reward") | accuracies(right, test_set)
     metrics["eval_diversity"] = diversity(images, n)
     draw_grid(images[::n], test_set, scores["reward"][::n], folder, epoch)
     return metrics
@@ -513,7 +499,8 @@ class Policy:
                          if name.startswith("text_encoder") and part]
         for module in (self.network, pipe.vae, *self.encoders):
             module.requires_grad_(False)
-            module.to(self.device)
+        self.network.to(self.device)
+        pipe.vae.to(self.device)
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         self.params = self.add_lora()
@@ -570,23 +557,24 @@ class Policy:
         """Prompts -> their condition: embeds [B, L, D] and pooled [B, P], in the CPU's memory"""
         for module in self.encoders:
             module.to(self.device)
+        options = dict(device=self.device, max_sequence_length=self.config.max_sequence_length)
         parts = []
         for start in range(0, len(prompts), self.config.batch_size):
-            part = self.encode_batch(prompts[start:start + self.config.batch_size])
+            part = self.encode_batch(prompts[start:start + self.config.batch_size], **options)
             parts.append([c.cpu() for c in part])
         if self.config.offload:
             for module in self.encoders:
                 module.cpu()
         return [torch.cat(part) for part in zip(*parts)]
 
-    def encode_batch(self, prompts):
+    def encode_batch(self, prompts, **options):
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, device=self.device, do_classifier_free_guidance=False,
-            max_sequence_length=self.config.max_sequence_length)
+            prompts, None, None, do_classifier_free_guidance=False, **options)
         return embeds, pooled
 
     def time_grid(self, T, **options):
-        """The scheduler's own times [T+1] from 1 to 0: even for the toy, denser near 1 for SD3.5"""
+        """The scheduler's own times [T+1] from 1 to 0: evenly spaced for the toy, denser near 1 for
+        SD3.5"""
         options = options or dict(num_inference_steps=T)
         self.pipe.scheduler.set_timesteps(device=self.device, **options)
         return self.pipe.scheduler.sigmas.float()
@@ -658,10 +646,8 @@ class FluxPolicy(Policy):
             return_dict=False)[0]
         return pipe._unpack_latents(v, H * scale, W * scale, scale)
 
-    def encode_batch(self, prompts):
-        length = self.config.max_sequence_length
-        return self.pipe.encode_prompt(
-            prompts, None, device=self.device, max_sequence_length=length)[:2]
+    def encode_batch(self, prompts, **options):
+        return self.pipe.encode_prompt(prompts, None, **options)[:2]
 
     def time_grid(self, T):
         """The more tokens an image has, the denser near 1"""
@@ -687,13 +673,11 @@ class SanaPolicy(Policy):
             hidden_states=x, timestep=1000 * self.network.config.timestep_scale * t,
             encoder_hidden_states=embeds, encoder_attention_mask=mask, return_dict=False)[0]
 
-    def encode_batch(self, prompts):
+    def encode_batch(self, prompts, **options):
         defaults = inspect.signature(self.pipe.__call__).parameters
-        instruction = defaults["complex_human_instruction"].default
+        instruction = defaults["complex_human_instruction"].default if any(prompts) else None
         return self.pipe.encode_prompt(
-            list(prompts), False, device=self.device,
-            max_sequence_length=self.config.max_sequence_length,
-            complex_human_instruction=instruction if any(prompts) else None)[:2]
+            list(prompts), False, complex_human_instruction=instruction, **options)[:2]
 
 
 def load_policy(config, prompts=()):
@@ -710,17 +694,19 @@ def load_policy(config, prompts=()):
             source, dtype={"vae": torch.float32, "default": half})
         policy = families[type(pipe)](pipe, config)
         policy.time_grid(config.train_steps)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a wrong or damaged folder makes diffusers raise
         stop(f"--model {config.model}: must be a StableDiffusion3Pipeline, FluxPipeline or "
              "SanaPipeline with its own scheduler; is the name right, the licence accepted, the "
              f"hub reachable? ({type(error).__name__}: {error})")
-    token = 2 * pipe.vae_scale_factor  # pixels along the side of a token
+    token = 2 * pipe.vae_scale_factor  # pixels: every model's side must be a multiple
     most = token * policy.network.config.get("pos_embed_max_size", 2**20)
     if config.resolution not in range(token, most + 1, token):
         stop(f"--resolution {config.resolution}: must be a multiple of {token}, at most {most}")
-    tokenizer = [part for name, part in pipe.components.items() if "tokenizer" in name][-1]
+    tokenizer = [part for name, part in pipe.components.items() if "tokenizer" in name and part][-1]
     unknown = [p for p in prompts if tokenizer.unk_token_id in tokenizer(p).input_ids]
-    if unknown:
+    if unknown and PROCESSES.is_main_process:
         print(f"the model does not know every word of {len(unknown)} prompts, as {unknown[0]!r}")
     return policy
 
@@ -785,7 +771,7 @@ PAPER = dict(
     precision="bf16", epochs=1000, eval_every=30, groups=48, group_size=24, window=0,
     same_noise=False, guidance=4.5, learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04,
     ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
-# What one GPU of 24 GB can afford. Source: verl-omni's fast convergence test (pull request 178).
+# Meant for one GPU of 24 GB (an estimate). From verl-omni, pull request 178.
 FAST = PAPER | dict(
     resolution=384, epochs=100, eval_every=10, groups=8, group_size=8, eval_steps=28, window=3,
     latest_start=2, sde="cps", noise_level=0.8, guidance=1.0, clip_range=1e-5, beta=0.0,
@@ -795,7 +781,8 @@ PRESETS = {
     # The toy: for OCR the defaults above; these two rewards take longer.
     "geneval": dict(groups=16, epochs=36, eval_every=12, window=2, learning_rate=1.5e-3,
                     lr_decay=False, beta=0.1),
-    "toy_pickscore": dict(epochs=16, eval_every=8, window=2, learning_rate=2e-3, beta=0.1),
+    "toy_pickscore": dict(epochs=16, eval_every=8, window=2, learning_rate=1.5e-3,
+                          lr_decay=False, beta=0.1),
     "sd3.5-medium": PAPER,
     "sd3.5-medium-fast": FAST,
     "sana-0.6b": FAST | dict(  # 8 GB; nobody has reported a run with these numbers
@@ -1017,11 +1004,12 @@ def record(policy, folder, rows, tracker):
     save(policy, folder, rows)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     write(folder / "metrics.jsonl", lines.encode())
-    print(*(f"{key} {row[key]:.3g}" for key in SHOWN if key in row), sep=", ", flush=True)
+    print(*(f"{key} {row[key]:.4g}" for key in SHOWN if key in row), sep=", ", flush=True)
     if "eval_reward" in row:
         draw_results(folder, rows)
-        for key in ("eval_reward", "eval_accuracy"):  # what was gained
-            print(f"{key} {first[key]:.3f} -> {row[key]:.3f}", flush=True)
+        for key in ("eval_reward", "eval_accuracy"):
+            if row[key] != 0:  # no PickScore is 1, so no accuracy
+                print(f"{key} {first[key]:.3f} -> {row[key]:.3f}", flush=True)
 
 
 # ------------------------------------------------------------------------ 8. numbers and pictures
@@ -1043,8 +1031,9 @@ def summary(terms, clip_range):
         kl=kl.mean(),  # how far the policy is from the base model
         ratio=ratio.mean(),
         ratio_deviation=moved.abs().max(),  # 0 in the first update; what is seen comes later
-        clip_low=(moved < -clip_range).float().mean(),  # shares of all ratios, so with two updates
-        clip_high=(moved > clip_range).float().mean())  # at most half
+        # Shares outside the clip range, of all updates. With two updates they are at most half.
+        clip_low=(moved < -clip_range).float().mean(),
+        clip_high=(moved > clip_range).float().mean())
 
 
 def score(reward, images, prompts, metadata):
@@ -1056,7 +1045,7 @@ def score(reward, images, prompts, metadata):
 def gdpo(reward, scores, group_size):
     """Several rewards -> one score [groups, group_size] (GDPO, arXiv 2601.05242)
 
-    In a plain sum the reward with the widest spread decides alone. So each is first divided by its
+    In a plain sum the reward with the widest spread decides most. So each is first divided by its
     own spread within the group. group_advantages then does the rest.
     """
     parts = [weight * group_advantages(torch.tensor(scores[name]).view(-1, group_size), "group")
@@ -1081,10 +1070,9 @@ def diversity(images, n):
     """Mean rms difference between the pixels of a prompt's first and last image, from 0 to 1"""
     if n == 1:
         return math.nan
-    pixels = np.stack(images) / 255
-    squared = (pixels[::n] - pixels[n - 1::n]) ** 2
-    distances = np.sqrt(squared.mean((1, 2, 3)))
-    return np.mean(gather_object(distances.tolist()))
+    pairs = zip(images[::n], images[n - 1::n])
+    rms = [np.square(np.subtract(a, b, dtype=float)).mean() ** 0.5 / 255 for a, b in pairs]
+    return np.mean(gather_object(rms))
 
 
 def draw_grid(images, rows, scores, folder, epoch):

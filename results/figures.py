@@ -202,12 +202,11 @@ def noise_decides(prompts=8, size=16, late=5, cell=64):
         policy, function = flow_grpo.load_policy(config), rewards.load(reward)[reward][0]
         T, rows = config.train_steps, flow_grpo.load_prompts(config, "train")[:prompts]
         names, metadata = zip(*(row for row in rows for _ in range(size)))
-        first = [1000 + g for g in range(prompts) for _ in range(size)]
         stds[title] = []
         for place in range(T):
             seeds = list(range(len(names)))
             drawn = flow_grpo.rollout(policy, config, names, seeds, T,
-                                      range(place, place + 1), first)
+                                      range(place, place + 1), size)
             scores = np.reshape(function(drawn.images, list(names), list(metadata)), (-1, size))
             stds[title].append(scores.std(1))
             groups[reward, place] = [drawn.images[g * size:(g + 1) * size] for g in range(prompts)]
