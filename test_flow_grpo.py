@@ -519,21 +519,22 @@ def test_the_metrics_of_an_update():
 
 
 def test_the_metrics_of_an_epoch(monkeypatch):
-    """Two groups: rewards 0, 1, 0, 1, and four equal ones, from which there is nothing to learn"""
-    drawn, updates = SimpleNamespace(images=grey(0, 255, 0, 255, 51, 51, 51, 51)), []
+    """Three groups: rewards 0, 1, 0, 1, and twice four equal ones, which teach nothing"""
+    drawn, updates = SimpleNamespace(images=grey(0, 255, 0, 255, *[51] * 8)), []
+    train_set, config = [("a", {}), ("b", {}), ("c", {})], small(groups=3)
     monkeypatch.setattr(flow_grpo, "rollout", lambda *args: drawn)
     monkeypatch.setattr(flow_grpo, "update", lambda *args: updates.append(args) or {"kl": 0.25})
     reward = {"bright": (brightness, 2.0), "half": (half, 0.5)}
-    metrics = flow_grpo.train_epoch(None, small(), reward, [("a", {}), ("b", {})], 0)
-    total = np.array([0, 2, 0, 2, 0.4, 0.4, 0.4, 0.4]) + 0.25
+    metrics = flow_grpo.train_epoch(None, config, reward, train_set, 1)
+    total = np.array([0, 2, 0, 2, *[0.4] * 8]) + 0.25
     assert floats(metrics) == pytest.approx({
-        "reward/bright": 0.35, "reward/half": 0.5, "reward": total.mean(), "kl": 0.25,
-        "reward_std": total.std(ddof=1), "group_std": (4 / 3) ** 0.5 / 2, "no_signal": 0.5})
+        "reward/bright": 0.3, "reward/half": 0.5, "reward": total.mean(), "kl": 0.25,
+        "reward_std": total.std(ddof=1), "group_std": (4 / 3) ** 0.5 / 3, "no_signal": 2 / 3})
     (_, _, its_drawn, advantages, _), = updates
     assert its_drawn is drawn
-    close(advantages, [-1 / total.std(), 1 / total.std()] * 2 + [0] * 4, 1e-3)
-    flow_grpo.train_epoch(None, small(combine="gdpo"), reward, [("a", {}), ("b", {})], 0)
-    close(updates[1][3], [-(2**0.5), 2**0.5] * 2 + [0] * 4, 1e-3)  # of std 1 over the batch
+    close(advantages, [-1 / total.std(), 1 / total.std()] * 2 + [0] * 8, 1e-3)
+    flow_grpo.train_epoch(None, replace(config, combine="gdpo"), reward, train_set, 1)
+    close(updates[1][3], [-(3**0.5), 3**0.5] * 2 + [0] * 8, 1e-3)  # of std 1 over the batch
 
 
 def test_the_metrics_of_an_evaluation(monkeypatch, fresh, tmp_path):

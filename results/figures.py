@@ -234,19 +234,18 @@ def noise_decides(prompts=8, size=16, late=5, cell=64):
 def headline(task, keys, *paper):
     """A task's table: keys of `final` and their titles; at the end the paper's lines"""
     main, lines = next(iter(keys)), []
-    earlier = dict(ocr="ocr/8-epochs", geneval="geneval/constant-rate",
-                   pickscore="pickscore/constant-rate")[task]
+    tried = dict(ocr="ocr/8-epochs", geneval="geneval/falling-rate").get(task, "")
     base = found(f"base/{task}")[f"base/{task}"]
     first = runs(f"{task}/default", FIRST)
     published = [row for row in first if row["seed"] in (0, 1, 2)]
     later = [row for row in first if row not in published] + runs(f"{task}/default-again", FIRST)
     for name, rows in (("the toy as it is", base), ("**trained**", runs(f"{task}/default")),
-                       ("earlier settings, seeds from 2001", runs(earlier)),
+                       (f"tried before: {tried}", runs(tried)),
                        ("first edition, seeds 0, 1, 2", published),
                        ("first edition, runs made later", later)):
         trained = [row for row in rows if row["curves"].get("epoch")]
         before = [row["curves"][main][0] for row in trained]
-        seconds = [row["seconds"] for row in trained]
+        seconds = [row["seconds"] for row in trained if row["seconds"]]
         numbers = [mean(rows, key) if "accuracy/" in key else spread(values(rows, key))
                    for key in keys]
         if rows:
@@ -440,6 +439,21 @@ def ablations():
     return [*table(head, *lines), "", " ".join(pictures)]
 
 
+def search():
+    """The settings that the defaults were chosen from, on parts of the training prompts"""
+    names = {row["name"].rpartition("/")[0]: None for row in ROWS}
+    lines = []
+    for name in sorted(name for name in names if name.startswith("search/")):
+        _, task, setting = name.split("/")
+        main = "eval_reward" if task == "pickscore" else "eval_accuracy"
+        rows = runs(name)
+        lines.append([task, setting.replace("-", ", "), len(rows), spread(values(rows, main)),
+                      spread(values(rows, "eval_diversity"), 2),
+                      spread(values(rows, "eval_reward/toy_inks"), 2)])
+    return table(["task", "setting, epochs last", "seeds", "at the end", "diversity", "inks"],
+                 *lines)
+
+
 # --------------------------------------------------------------------- what the runs' folders hold
 
 
@@ -476,7 +490,7 @@ def hacked():
 
 def main(chosen):
     functions = (marginals, paths, noise_decides, overview, ocr, geneval, generalisation,
-                 pickscore, curves, hacking, kl, times, ablations, pictures, hacked)
+                 pickscore, curves, hacking, kl, times, ablations, search, pictures, hacked)
     jobs = {name: functools.partial(ablation, name) for name in ABLATIONS}
     jobs |= {function.__name__: function for function in functions}
     for name in chosen or jobs:
