@@ -335,10 +335,10 @@ def evaluations(axes, rows, key, color, text=None):
 
 
 def hacking():
-    """PickScore at twice the rate: the trained score, the held-out taste, diversity"""
+    """PickScore, 48 epochs at twice the rate: trained score, held-out taste, diversity"""
     keys = {"eval_reward": "trained on: toy_pickscore",
             "eval_reward/toy_taste": "held out: toy_taste", "eval_diversity": "diversity"}
-    both = found("pickscore/twice-beta0.3", "pickscore/twice-beta0")
+    both = found("pickscore/long-beta0.3", "pickscore/long-beta0")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 3), keys.items()):
         for rows, color, text in zip(both.values(), (BLUE, RED), ("with KL", "without KL")):
@@ -354,7 +354,10 @@ def kl():
     for task, with_kl, without in (
             ("text", "ocr/default", "ocr/beta0"), ("scenes", "geneval/default", "geneval/beta0"),
             ("preference", "pickscore/default", "pickscore/beta0"),
-            ("preference, twice the rate", "pickscore/twice-beta0.3", "pickscore/twice-beta0")):
+            ("preference, twice the rate", "pickscore/twice-beta0.3", "pickscore/twice-beta0"),
+            ("the same, 48 epochs", "pickscore/long-beta0.3", "pickscore/long-beta0"),
+            ("the same, 48 epochs", f"{FIRST}pickscore/lr3e-3-beta0.3",
+             f"{FIRST}pickscore/lr3e-3-beta0")):
         for name, rows in found(with_kl, without).items():
             rows = [row for row in rows if row["curves"]]
             moved = np.mean([row["curves"]["kl"][-4:] for row in rows])
@@ -472,9 +475,9 @@ def pictures():
 def hacked():
     """The same prompts and seeds before training, and after it with KL and without"""
     strips = {}
-    for text, folder, which in (("before", "pickscore-twice-beta0", 0),
-                                ("with KL", "pickscore-twice-beta0.3", -1),
-                                ("without KL", "pickscore-twice-beta0", -1)):
+    for text, folder, which in (("before", "pickscore-long-beta0", 0),
+                                ("with KL", "pickscore-long-beta0.3", -1),
+                                ("without KL", "pickscore-long-beta0", -1)):
         there = sorted(RUNS.glob(f"{folder}-seed0/samples/*.png"))
         if not there:
             raise Missing(f"there is no runs/{folder}-seed0/samples")

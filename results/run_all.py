@@ -53,6 +53,8 @@ RUNS = [
     ("pickscore/beta0", f"{PICKSCORE} --beta 0 {ALL}", [0]),
     ("pickscore/twice-beta0.3", f"{PICKSCORE} {TWICE} --beta 0.3 {ALL}", THREE),
     ("pickscore/twice-beta0", f"{PICKSCORE} {TWICE} --beta 0 {ALL}", THREE),
+    ("pickscore/long-beta0.3", f"{PICKSCORE} {TWICE} --beta 0.3 --epochs 48 {ALL}", [0, 1]),
+    ("pickscore/long-beta0", f"{PICKSCORE} {TWICE} --beta 0 --epochs 48 {ALL}", [0, 1]),
 
     ("generalisation/default", f"{GENEVAL} --dataset dev/generalisation {ALL}", [0]),
 
