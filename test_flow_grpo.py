@@ -610,8 +610,7 @@ def test_a_rollout_without_noise_is_the_stock_pipelines_image(tmp_path, family, 
 
 
 @pytest.mark.parametrize("family, precision", [
-    ("sd3", "fp32"), ("sd3", "bf16"), ("flux", "fp32"), ("flux", "bf16"), ("sana", "fp32"),
-    ("sana", "bf16")])
+    ("sd3", "fp32"), ("sd3", "bf16"), ("flux", "fp32"), ("sana", "fp32")])
 def test_stock_diffusers_with_the_lora_draws_the_evaluations_image(desk, family, precision):
     """After an epoch, and a second one on resuming, with the options that save memory"""
     pipe = tiny.pipeline(family)
@@ -1239,9 +1238,11 @@ def desk(tmp_path, monkeypatch):
     """An empty current folder with a user's rewards"""
     monkeypatch.chdir(tmp_path)
     Path("custom.py").write_text(CUSTOM)
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    handlers = [signal.signal(signal.SIGTERM, signal.SIG_IGN),
+                signal.signal(signal.SIGINT, signal.default_int_handler)]
     yield tmp_path
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -1405,7 +1406,7 @@ def test_the_first_editions_numbers_come_out(desk, reward, options):
 
 def test_training_raises_the_toys_reward(desk):
     run(*FIRST_EDITION, "--reward", "flow_grpo:redness", "--learning_rate", 5e-3, "--beta", 0,
-        "--epochs", 4, "--groups", 4, "--group_size", 8, "--eval_prompts", 12, "--eval_steps", 8)
+        "--epochs", 4, "--groups", 4, "--group_size", 8, "--eval_prompts", 8, "--eval_steps", 6)
     first, *_, last = metrics("runs/x")
     assert last["eval_reward"] > first["eval_reward"] + 0.02
 
@@ -1489,7 +1490,6 @@ def die(*args):
     (2, Path, "write_bytes", 0),  # the first checkpoint
     (14, flow_grpo.Policy, "velocity", 2),
     (3, flow_grpo.Policy, "optimize", 2),
-    (5, Path, "write_bytes", 1),  # the second checkpoint
     (7, Path, "write_bytes", 1),  # the metrics that belong to it
     (2, flow_grpo, "draw_results", 3),
 ])
