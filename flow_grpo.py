@@ -1077,11 +1077,11 @@ def diversity(images, n):
 
 def draw_grid(images, rows, scores, folder, epoch):
     """The first 32 images, each under its prompt and score -> samples/<epoch>.png"""
-    images = gather_object(images[:32])
-    sheet = Image.new("RGB", (1200, 760), "white")
+    images = gather_object(images[:32])[:32]
+    sheet = Image.new("RGB", (1200, 40 + 180 * math.ceil(len(images) / 8)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((8, 4), f"after {epoch} epoch{'s' * (epoch != 1)}", "black", font_size=24)
-    for n, (image, (prompt, _), value) in enumerate(zip(images[:32], rows, scores)):
+    for n, (image, (prompt, _), value) in enumerate(zip(images, rows, scores)):
         x, y = n % 8 * 150 + 8, n // 8 * 180 + 38
         pen.text((x, y), f"{prompt[:24]}\n{value:.2f}", "black", font_size=11)
         sheet.paste(image.resize((140, 140), Image.Resampling.LANCZOS), (x, y + 30))
