@@ -395,11 +395,11 @@ def redness(images, prompts, metadata):
 
 
 def learning_rate(config, epoch):
-    """Of an epoch, counted from 1. The paper's is constant; the toy's falls to 0.
+    """Of an epoch, counted from 1. The paper's is constant. For the toy's text it falls to 0.
 
-    The toy soon solves most prompts. Then most groups have equal rewards and no advantages, and
+    Most words are soon written right. Then most groups have equal rewards and no advantages, and
     only the KL's gradient is left. It is small, but Adam rescales what is small. So at a constant
-    rate the model would walk back towards the base.
+    rate the model can walk back towards the base.
     """
     left = 1 - (epoch - 1) / config.epochs
     return config.learning_rate * (left if config.lr_decay else 1)
@@ -573,8 +573,7 @@ class Policy:
         return embeds, pooled
 
     def time_grid(self, T, **options):
-        """The scheduler's own times [T+1] from 1 to 0: evenly spaced for the toy, denser near 1 for
-        SD3.5"""
+        """The scheduler's own times [T+1], 1 to 0: even steps for the toy, denser near 1 for SD3.5"""
         options = options or dict(num_inference_steps=T)
         self.pipe.scheduler.set_timesteps(device=self.device, **options)
         return self.pipe.scheduler.sigmas.float()
@@ -688,10 +687,10 @@ def load_policy(config, prompts=()):
     families = {diffusers.StableDiffusion3Pipeline: Policy, diffusers.FluxPipeline: FluxPolicy,
                 diffusers.SanaPipeline: SanaPolicy}
     source = Path(__file__).with_name("toy") if config.model == "toy" else config.model
-    half = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     try:  # the VAE stays float32: a reward would see its rounding
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            source, dtype={"vae": torch.float32, "default": half})
+            source, dtype={"vae": torch.float32, "default": dtype})
         policy = families[type(pipe)](pipe, config)
         policy.time_grid(config.train_steps)
     except torch.OutOfMemoryError:
@@ -723,7 +722,7 @@ class Config:
     model: str = "toy"                 # folder or hub name of an SD3, FLUX or SANA pipeline
     dataset: str = ""                  # folder of train.txt, test.txt or of their *_metadata.jsonl
     resolution: int = 48               # height and width of the images in pixels
-    max_sequence_length: int = 14      # tokens of the T5 encoder
+    max_sequence_length: int = 14      # tokens of the T5 encoder, or of SANA's Gemma
     precision: str = "fp32"            # of the network: fp32, or bf16 for half the memory
     gradient_checkpointing: bool = False  # less memory, slower updates
     offload: bool = False              # text encoders visit the GPU only to encode the prompts
