@@ -573,7 +573,7 @@ class Policy:
         return embeds, pooled
 
     def time_grid(self, T, **options):
-        """The scheduler's own times [T+1], 1 to 0: even steps for the toy, denser near 1 for SD3.5"""
+        """The scheduler's own times [T+1], 1 to 0: even for the toy, denser near 1 for SD3.5"""
         options = options or dict(num_inference_steps=T)
         self.pipe.scheduler.set_timesteps(device=self.device, **options)
         return self.pipe.scheduler.sigmas.float()

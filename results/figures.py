@@ -239,7 +239,8 @@ def headline(task, keys, *paper):
     first = runs(f"{task}/default", FIRST)
     published = [row for row in first if row["seed"] in (0, 1, 2)]
     later = [row for row in first if row not in published] + runs(f"{task}/default-again", FIRST)
-    for name, rows in ((label("the toy as it is", base), base), ("**trained**", runs(f"{task}/default")),
+    for name, rows in ((label("the toy as it is", base), base),
+                       ("**trained**", runs(f"{task}/default")),
                        (f"tried before: {tried}", runs(tried)),
                        ("first edition, seeds 0, 1, 2", published),
                        ("first edition, runs made later", later)):
