@@ -329,9 +329,10 @@ def update(policy, config, drawn, advantages, rng):
     drawn, advantages [B]: this process's whole groups. rng is the same on every process.
     """
     size, K = config.group_size, len(drawn.window)
-    orders = my_part([rng.sample(range(size), size) for _ in range(config.groups)])
+    orders = [rng.sample(range(size), size) for _ in range(config.groups)]
+    orders = torch.tensor(my_part(orders))
     first = size * torch.arange(len(orders))  # each group's first image
-    shuffled = first[:, None] + torch.tensor(orders)  # [groups, group_size], numbers of images
+    shuffled = first[:, None] + orders  # [groups, group_size], numbers of images
     terms, norms = [], []
     for part in shuffled.chunk(config.updates, dim=1):
         pairs = torch.cartesian_prod(part.flatten(), torch.arange(K))  # each image at each SDE step
@@ -394,24 +395,14 @@ def redness(images, prompts, metadata):
     return [r - max(g, b) for r, g, b in means]
 
 
-def learning_rate(config, epoch):
-    """Of an epoch, counted from 1. The paper's is constant. For the toy's text it falls to 0.
-
-    Most words are soon written right. Then most groups have equal rewards and no advantages, and
-    only the KL's gradient is left. It is small, but Adam rescales what is small. So at a constant
-    rate the model can walk back towards the base.
-    """
-    left = 1 - (epoch - 1) / config.epochs
-    return config.learning_rate * (left if config.lr_decay else 1)
-
-
 def train_epoch(policy, config, reward, train_set, epoch):
     """Sample, score, compare, update -> metrics. All randomness comes from (seed, epoch)."""
     rng = random.Random(f"{config.seed}/{epoch - 1}")  # the first epoch is number 1
     groups, size = config.groups, config.group_size
     repeats = math.ceil(groups / len(train_set))  # above 1 for a dataset smaller than an epoch
     chosen = rng.sample(train_set * repeats, groups)
-    samples = [(*row, rng.getrandbits(60)) for row in chosen for _ in range(size)]
+    repeated = [row for row in chosen for _ in range(size)]
+    samples = [(*row, rng.getrandbits(60)) for row in repeated]  # with a seed for each image
     window = choose_window(config, rng)
 
     prompts, metadata, seeds = zip(*my_part(samples))
@@ -419,7 +410,9 @@ def train_epoch(policy, config, reward, train_set, epoch):
     drawn = rollout(policy, config, prompts, seeds, config.train_steps, window, alike)
     scores = score(reward, drawn.images, prompts, metadata)
     total = torch.tensor(scores["reward"]).view(groups, size)
-    compared = gdpo(reward, scores, size) if config.combine == "gdpo" else total
+    compared = total
+    if config.combine == "gdpo":
+        compared = gdpo(reward, scores, size)
     advantages = group_advantages(compared, config.std_over)
     advantages = my_part(advantages).flatten()
     metrics = update(policy, config, drawn, advantages, rng)
@@ -507,7 +500,6 @@ class Policy:
         self.optimizer = torch.optim.AdamW(
             self.params, config.learning_rate, eps=config.adam_eps, weight_decay=1e-4)
         self.average = [p.detach().clone() for p in self.params]
-        self.updates_done = 0
         self.empty = self.encode([""])  # for guidance
         side = config.resolution // pipe.vae_scale_factor
         self.latent_shape = (pipe.vae.config.latent_channels, side, side)
@@ -610,14 +602,13 @@ class Policy:
         norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}")
-        rms = norm / math.sqrt(sum(p.numel() for p in self.params))
-        if self.updates_done == 0 and rms < 10 * self.config.adam_eps and PROCESSES.is_main_process:
-            print(f"the gradient of a weight is about {rms:.0e}: with --adam_eps "
-                  f"{self.config.adam_eps:.0e} hardly anything is learned; try 1e-15", flush=True)
+        eps, rms = self.config.adam_eps, norm / math.sqrt(sum(p.numel() for p in self.params))
+        if not self.optimizer.state and 0 < rms < 10 * eps and PROCESSES.is_main_process:
+            print(f"the gradient of a weight is about {rms:.0e}: with --adam_eps {eps:.0e} hardly "
+                  "anything is learned; try 1e-15", flush=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.updates_done += 1
-        n = self.updates_done
+        n = self.optimizer.state[self.params[0]]["step"].item()  # updates so far
         if n % self.config.ema_every == 0 or self.config.ema_decay == 0:
             # The decay grows, so that the average does not stick to the start (official ema.py).
             decay = min(self.config.ema_decay, (1 + n) / (10 + n))
@@ -805,6 +796,17 @@ MAY_CHANGE = ("name", "resume", "report_to", "epochs", "eval_every", "eval_rewar
               "learning_rate", "batch_size", "gradient_checkpointing", "offload")  # on resuming
 
 
+def learning_rate(config, epoch):
+    """Of an epoch, counted from 1. The paper's is constant. For the toy's text it falls to 0.
+
+    Most words are soon written right. Then most groups have equal rewards and no advantages, and
+    only the KL's gradient is left. It is small, but Adam rescales what is small. So at a constant
+    rate the model can walk back towards the base.
+    """
+    left = 1 - (epoch - 1) / config.epochs
+    return config.learning_rate * (left if config.lr_decay else 1)
+
+
 def parse_config(argv=None):
     """Config's defaults < the preset < the run to resume < the command line: the last one wins."""
     parser = argparse.ArgumentParser(
@@ -962,8 +964,7 @@ def save(policy, folder, rows):
     buffer = io.BytesIO()
     torch.save(dict(
         tensors=[p.detach() for p in policy.params + policy.average],
-        optimizer=policy.optimizer.state_dict(), updates_done=policy.updates_done, rows=rows),
-        buffer)
+        optimizer=policy.optimizer.state_dict(), rows=rows), buffer)
     write(folder / "checkpoint.pt", buffer.getvalue())
     settings = policy.network.peft_config["default"].to_dict()  # without alpha its scale would be 1
     settings["target_modules"] = sorted(settings["target_modules"])
@@ -985,7 +986,6 @@ def load(policy, folder):
         for own, saved in zip(policy.params + policy.average, state["tensors"]):
             own.data.copy_(saved)
         policy.optimizer.load_state_dict(state["optimizer"])
-        policy.updates_done = state["updates_done"]
         return state["rows"]
     except Exception as error:  # whatever a damaged file makes torch raise
         stop(f"--resume {folder}: {path} is missing, damaged or not of this run ({error})")
