@@ -12,7 +12,6 @@ ImageReward is missing: its package does not run with the transformers that diff
 import copy
 import functools
 import importlib.util
-import io
 import math
 import os
 import re
@@ -395,65 +394,19 @@ def batched(rate, size=32):
     return reward
 
 
-# --------------------------------------------------------------------- file size, and the toy's own
-
-
-def jpeg_incompressibility():
-    """The size as a JPEG of quality 95, in kilobytes: detailed images win (DDPO, 2305.13301)."""
-    def size(image):
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=95)
-        return len(buffer.getvalue()) / 1000
-    return lambda images, prompts, metadata: [size(image) for image in images]
-
-
-def jpeg_compressibility():
-    """Minus that size: smooth images win."""
-    sizes = jpeg_incompressibility()
-    return lambda *args: [-size for size in sizes(*args)]
-
-
-def geneval():
-    """GenEval's six tasks in the toy's scenes, whose shapes toy/world.py can detect."""
-    world = load_file(f"{TOY}/world.py")
-    judge = lambda image, row: geneval_score(world.detect_shapes(image), row)
-    return scene_reward(judge, world.SHAPES, world.COLORS)
-
-
-def toy_taste():
-    """A viewer's taste in the toy's scenes, 0 to 1, written down in toy/world.py.
-
-    `toy_pickscore` has learned it from examples. Train on that one, and measure what it is worth:
-    --reward toy_pickscore --eval_reward toy_taste
-    """
-    world = load_file(f"{TOY}/world.py")
-    def judge(image, row):
-        found = world.detect_shapes(image)
-        return world.taste(image, found, geneval_score(found, row))
-    return scene_reward(judge, world.SHAPES, world.COLORS)
-
-
-def toy_sign():
-    """How well the toy's signs are made, 0 to 1, whatever they say: see toy/world.py"""
-    world = load_file(f"{TOY}/world.py")
-    return lambda images, *_: [world.sign_quality(image)[0] for image in images]
-
-
-def toy_inks():
-    """The share of signs with another ink: 0 if all are alike, 0.8 if the five are even."""
-    world = load_file(f"{TOY}/world.py")
-    def reward(images, prompts, metadata):
-        inks = [world.sign_quality(image)[1] for image in images]
-        return [1 - inks.count(ink) / len(inks) for ink in inks]
-    return reward
-
-
 # --------------------------------------------------------------------------------- loading, scoring
 
-NAMES = ("ocr geneval geneval_photo pickscore pickscore_unscaled clipscore aesthetic vlm "
-         "toy_pickscore toy_taste toy_sign toy_inks "
-         "jpeg_compressibility jpeg_incompressibility")
-REWARDS = {name: globals()[name] for name in NAMES.split()}
+
+def of_the_toy(name):
+    """A reward of toy/world.py, which is imported only when the reward is asked for"""
+    return lambda: getattr(load_file(f"{TOY}/world.py"), name)()
+
+
+REWARDS = dict(
+    ocr=ocr, geneval=of_the_toy("geneval"), geneval_photo=geneval_photo,
+    pickscore=pickscore, pickscore_unscaled=pickscore_unscaled, clipscore=clipscore,
+    aesthetic=aesthetic, vlm=vlm, toy_pickscore=toy_pickscore, toy_taste=of_the_toy("toy_taste"),
+    toy_sign=of_the_toy("toy_sign"), toy_inks=of_the_toy("toy_inks"))
 
 
 def load(spec, option="--reward"):

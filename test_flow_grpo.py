@@ -410,7 +410,7 @@ def test_with_the_same_noise_a_group_differs_by_the_sde_alone(fresh, monkeypatch
     policy, update, drawn = fresh(config), flow_grpo.update, []
     monkeypatch.setattr(flow_grpo, "update", lambda *args: drawn.append(args[2]) or update(*args))
     train_set = [('a sign that says "CAT"', {}), ('a sign that says "DOG"', {})]
-    flow_grpo.train_epoch(policy, config, rewards.load("jpeg_compressibility"), train_set, 0)
+    flow_grpo.train_epoch(policy, config, rewards.load("flow_grpo:redness"), train_set, 0)
     latents = drawn[0].latents.unflatten(0, (2, 4))  # [groups, group_size, K+1, C, H, W]
     before, after = latents[:, :, 0], latents[:, :, 1]
     close(before, before[:, :1].expand_as(before), 1e-4)
@@ -757,7 +757,7 @@ TASKS = ["single_object", "two_object", "counting", "colors", "position", "color
 
 @pytest.mark.parametrize("tag", TASKS)
 def test_geneval_knows_right_from_wrong(world, tag):
-    rng, reward = random.Random(0), rewards.geneval()
+    rng, reward = random.Random(0), world.geneval()
     rows = rng.sample(world.scenes(tag), 4)
     good = [world.paint_scene(row, rng) for row in rows]
     bad = [world.paint_scene(row, rng, careless=True) for row in rows]
@@ -820,7 +820,7 @@ def test_nothing_has_a_place_next_to_what_is_itself_wrong():
 
 def test_all_prompts_are_checked_before_the_first_epoch(world):
     """Also what is wrong in the last prompt, by name, and with what would work."""
-    signs = rewards.load("jpeg_compressibility,ocr")
+    signs = rewards.load("flow_grpo:redness,ocr")
     rewards.check(signs, ['say "A"', 'say "B"'], [{}, {}])
     problem = error_of(rewards.check, signs, ['say "A"', "say B"], [{}, {}])
     assert "reward ocr" in problem and "'say B'" in problem and "double quotes" in problem
@@ -837,16 +837,6 @@ def test_all_prompts_are_checked_before_the_first_epoch(world):
         place = metadata(asked("circle"), asked("cross", position=["left", 0]))
         assert "'left'" in check(place) and "left of, right of, above, below" in check(place)
         assert "*_metadata.jsonl" in check({})
-
-
-def test_jpeg_rewards_are_opposite_and_know_noise_from_paper():
-    rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 255, (48, 48, 3), np.uint8))
-    images = [noise, Image.new("RGB", (48, 48), "white")]
-    small_wins = rewards.jpeg_compressibility()(images, ["", ""], None)
-    large_wins = rewards.jpeg_incompressibility()(images, ["", ""], None)
-    assert small_wins == [-size for size in large_wins]
-    assert small_wins[0] < 2 * small_wins[1] < 0
 
 
 # Rewards of one's own: found by file, protected from each other, never trusted.
@@ -901,8 +891,8 @@ def score_two(loaded):
 
 
 def test_a_weighted_sum_keeps_its_parts(mine):
-    scores = score_two(rewards.load("jpeg_compressibility:0.5,mine:size:2"))
-    assert list(scores) == ["jpeg_compressibility", "mine:size", "reward"]
+    scores = score_two(rewards.load("mine:looks:0.5,mine:size:2"))
+    assert list(scores) == ["mine:looks", "mine:size", "reward"]
     assert scores["mine:size"] == [8, 16]
     expected = [0.5 * a + 2 * b for a, b in zip(*list(scores.values())[:2])]
     close(scores["reward"], expected)
@@ -936,7 +926,7 @@ def test_a_bad_result_stops_the_run_with_the_rewards_name(mine, name, says):
     ("mine:nothing", "--reward mine:nothing: mine has no function nothing"),
     ("nofile:fn", "--reward nofile:fn: there is no nofile.py here, and Python cannot import"),
     ("bye:fn", "--reward bye:fn: SystemExit: 0 (bye.py line 1)"),
-    ("ocr:1,jpeg_compressibility,jpeg_compressibility:2", "jpeg_compressibility is there twice"),
+    ("ocr:1,mine:size,mine:size:2", "mine:size is there twice"),
     ("mine:broken:nan", "--reward mine:broken:nan"),  # nan is no weight, so it names a function
 ])
 def test_a_reward_that_cannot_be_loaded_is_one_line(mine, monkeypatch, spec, says):
@@ -1117,23 +1107,23 @@ def test_taste_has_a_term_for_each_flaw(world):
     flaws = [dict(radius=6), dict(apart=9.5), dict(shift=11), dict(fade=0.4), dict(noise=12),
              dict(second="green")]
     pictures = [picture(), *(picture(**flaw) for flaw in flaws)]
-    best, *flawed = rewards.toy_taste()(pictures, ["a"] * 7, [row] * 7)
+    best, *flawed = world.toy_taste()(pictures, ["a"] * 7, [row] * 7)
     assert 0.9 < best <= 1
     assert all(score < best - 0.02 for score in flawed)
-    assert rewards.toy_taste()([Image.new("RGB", (48, 48), "white")], ["a"], [row]) == [0.0]
+    assert world.toy_taste()([Image.new("RGB", (48, 48), "white")], ["a"], [row]) == [0.0]
 
 
 def test_toy_sign_likes_what_the_painter_made_and_toy_inks_what_is_rare(world):
     signs = [world.paint_sign("CAT", random.Random(i)) for i in range(12)]
-    quality = rewards.toy_sign()(signs, None, None)
+    quality = world.toy_sign()(signs, None, None)
     assert min(quality) > 0.8 and max(quality) <= 1
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8))
-    assert rewards.toy_sign()([noise], None, None)[0] < 0.6
+    assert world.toy_sign()([noise], None, None)[0] < 0.6
     red, blue = (Image.new("RGB", (48, 48), "white") for _ in range(2))
     red.paste(world.COLORS["red"], (10, 10, 30, 30))
     blue.paste(world.COLORS["blue"], (10, 10, 30, 30))
-    assert rewards.toy_inks()([red, red, red, blue], None, None) == [0.25, 0.25, 0.25, 0.75]
+    assert world.toy_inks()([red, red, red, blue], None, None) == [0.25, 0.25, 0.25, 0.75]
 
 
 def test_toy_pickscore_has_learned_the_taste(world):
@@ -1145,7 +1135,7 @@ def test_toy_pickscore_has_learned_the_taste(world):
     prompts = [row["prompt"] for row in rows]
     images = [world.paint_scene(row, rng, careless=rng.random() < 0.3, restless=True)
               for row in rows]
-    tastes = np.reshape(rewards.toy_taste()(images, prompts, rows), (150, 2))
+    tastes = np.reshape(world.toy_taste()(images, prompts, rows), (150, 2))
     pick = rewards.toy_pickscore()
     scores = pick(images, prompts, None)
     picks = np.reshape(scores, (150, 2))
@@ -1221,6 +1211,7 @@ def test_without_weights_a_reward_says_so_in_one_line(name, monkeypatch, capfd):
 
 CUSTOM = '''
 def fine(images, prompts, metadata): return [float(len(prompt)) for prompt in prompts]
+def size(images, prompts, metadata): return [image.width for image in images]
 def ink(images, prompts, metadata):
     return [-float(sum(image.resize((1, 1)).getpixel((0, 0)))) for image in images]
 def keeps_the_first(images, prompts, metadata):
@@ -1585,12 +1576,12 @@ def test_going_on_from_a_finished_run_keeps_its_last_evaluation(desk, refused, w
 
 
 def test_held_out_rewards_are_measured_and_not_trained_on(desk, whole_run):
-    run(*WHOLE, "--eval_reward", "custom:fine,jpeg_compressibility:0.1", "--name", "x")
+    run(*WHOLE, "--eval_reward", "custom:fine,custom:size:0.1", "--name", "x")
     for plain, watched in zip(metrics(whole_run), metrics("runs/x")):
         extra = {key: watched.pop(key) for key in set(watched) - set(plain)}
         assert watched == plain
         if "eval_reward" in plain:
-            assert set(extra) == {"eval_reward/custom:fine", "eval_reward/jpeg_compressibility"}
+            assert set(extra) == {"eval_reward/custom:fine", "eval_reward/custom:size"}
 
 
 def test_report_to_tensorboard_writes_events(desk):

@@ -2,7 +2,7 @@
 
 A scene is a row of GenEval metadata: a tag, what it must include, and its prompt.
 There are two painters, a careful and a careless one. make_toy.py trains the model on both.
-The detector and the taste are the toy's rewards; rewards.py calls them.
+The toy's rewards are at the end. rewards.py knows them by their names.
 """
 import os
 
@@ -11,6 +11,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from rewards import RELATIONS, geneval_score, scene_reward
+
 SIZE = 48  # pixels
 SCALE = 4  # we paint larger and then reduce: smooth edges
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220),
@@ -18,7 +20,6 @@ COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220),
 SIGN_INKS = tuple(name for name in COLORS if name != "yellow")  # too pale to read
 SHAPES = ("circle", "square", "triangle", "cross")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-RELATIONS = ("left of", "right of", "above", "below")
 FONT = os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSansMono-Bold.ttf")
 
 
@@ -294,3 +295,37 @@ def sign_quality(image):
     one_ink = 2 * shares[best] - 1  # 0 where half of the ink is of another colour
     strong = 1.5 - np.linalg.norm(np.median(ink, 0) - inks[best]) / 60  # the painter's vary by 14
     return float(np.clip([one_ink, strong, plain], 0, 1).mean()), SIGN_INKS[best]
+
+
+# ----------------------------------------------------------------------------------------- rewards
+
+
+def geneval():
+    """GenEval's six tasks in the toy's scenes"""
+    judge = lambda image, row: geneval_score(detect_shapes(image), row)
+    return scene_reward(judge, SHAPES, COLORS)
+
+
+def toy_taste():
+    """A viewer's taste in the toy's scenes, 0 to 1
+
+    `toy_pickscore` has learned it from examples. Train on that one, and measure what it is worth:
+    --reward toy_pickscore --eval_reward toy_taste
+    """
+    def judge(image, row):
+        found = detect_shapes(image)
+        return taste(image, found, geneval_score(found, row))
+    return scene_reward(judge, SHAPES, COLORS)
+
+
+def toy_sign():
+    """How well the toy's signs are made, 0 to 1, whatever they say"""
+    return lambda images, *_: [sign_quality(image)[0] for image in images]
+
+
+def toy_inks():
+    """The share of signs with another ink: 0 if all are alike, 0.8 if the five are even."""
+    def reward(images, prompts, metadata):
+        inks = [sign_quality(image)[1] for image in images]
+        return [1 - inks.count(ink) / len(inks) for ink in inks]
+    return reward
