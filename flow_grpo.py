@@ -1,7 +1,7 @@
 """Flow-GRPO in one file: reinforcement learning for flow-matching image models (arXiv 2505.05470).
 
 A flow-matching model turns noise into an image by following an ordinary differential equation, an
-ODE. After the first noise, nothing in that is random. So there is no action whose probability
+ODE. After the first noise, nothing is random any more. So there is no action whose probability
 reinforcement learning could raise. Flow-GRPO adds randomness, learns from it, and takes it away:
 
   sde_step          Each step drops some of the old noise and adds fresh noise. The images are as
@@ -18,7 +18,8 @@ Symbols
   v          velocity, v = noise - data: what the network predicts
   sigma      how much noise the SDE adds: noise_level * sqrt(t/(1-t)); the paper's a is noise_level
   mean, std  of the Gaussian step
-  T, K, B    steps of a drawing, SDE steps among them, images in a tensor; [B, ...] are shapes
+  T, K       how many steps a drawing has, and how many of them are SDE steps
+  B          how many images a tensor has. Square brackets are shapes: [B, ...]
 
 The paper and its official code (github.com/yifan123/flow_grpo) do not always agree. We follow the
 code, because the published learning rate, clip range and beta were made for it. PAPER/CODE marks
@@ -65,8 +66,12 @@ import rewards
 # Pure functions. They compute in float32, whatever the network does: a ratio is the exponential of
 # a tiny difference of log-probabilities, and half precision would leave nothing of it.
 #
-# x and v together know the data and the noise: data = x - t * v, noise = x + (1-t) * v. With the
-# network's v, these are its best guesses. A step takes x apart and mixes it anew for the time s:
+# x and v together know the data and the noise. As x = (1-t) * data + t * noise = data + t * v,
+#
+#     data = x - t * v,   noise = x + (1-t) * v
+#
+# With the network's v, these are its best guesses. A step takes x apart and mixes it anew for the
+# time s:
 #
 #     x_next = (1-s) * data + keep * noise + std * fresh_noise
 #
@@ -74,13 +79,13 @@ import rewards
 #     flow SDE   keep = s - std^2 / (2t)            equation 9
 #     CPS        keep = sqrt(s^2 - std^2)           arXiv 2509.05952
 #
-# The distribution of all images at one time is called the marginal. Why does it stay? Fresh noise
-# adds std^2 to the variance of x. Dropping a small part d of the old noise takes 2 * d * t away,
-# as t is the covariance of x and noise. Both are equal for d = std^2 / (2t): equation 9. (The
-# paper's appendix A proves it for the whole distribution, not only its variance.)
+# The distribution of all images at one time is called the marginal. Why does the SDE leave it as it
+# is? Fresh noise adds std^2 to the variance of x. Dropping a small part d of the old noise takes
+# 2 * d * t away, as t is the covariance of x and noise, real or guessed. Both are equal for
+# d = std^2 / (2t): equation 9. (The paper's appendix A proves it for the whole distribution.)
 #
-# This holds for small steps. CPS thinks of large ones: it treats the guess as if it were the noise.
-# Two independent noises of sizes keep and std are like one of size s, as long as
+# This holds for small steps. CPS is made for large ones. It treats the guess as if it were the
+# noise. Two independent noises of sizes keep and std are like one of size s, as long as
 # keep^2 + std^2 = s^2. So the image never holds more noise than the network expects.
 
 
@@ -106,7 +111,7 @@ def sde_steps(times, noise_level, sde="flow"):
     t, s = times[:-1], times[1:]
     if sde == "flow":
         # At t = 1 sigma would be infinite. The official code puts the next time in its denominator.
-        # So the first std is noise_level, for any step size. It keeps the marginal only roughly.
+        # So the first std is noise_level, for any step size. That step keeps the marginal roughly.
         below_one = torch.where(t == 1, s[0], t)
         sigma = noise_level * torch.sqrt(t / (1 - below_one))
         std = sigma * torch.sqrt(t - s)
@@ -125,8 +130,8 @@ def sde_mean(x, v, step):
 
     With the flow SDE's keep this is the mean of equation 9, as the paper prints it:
         x + [v + sigma^2 / (2t) * (x + (1-t) * v)] * (s-t)
-    What is added to v there is a drift towards likelier x, along the gradient of log p(x), which is
-    -noise/t (equation 27). It leads back as much as the fresh noise leads away.
+    What is added to v there, times s-t < 0, is a step towards likelier x: along the gradient of
+    log p(x), which is -noise/t (equation 27). It leads back as much as fresh noise leads away.
     """
     x, v = x.float(), v.float()
     data = x - step.t * v
@@ -151,10 +156,11 @@ def sde_step(x, v, step, noise=None, x_next=None):
     normalizer = torch.log(step.std) + math.log(2 * math.pi) / 2
     log_density = -(distance**2) / 2 - normalizer
     # PAPER/CODE: a log-density is a sum over all D dimensions; the code averages. So the ratio of
-    # two densities becomes its D-th root. It is no importance weight any more. But at ratio 1 its
+    # two densities becomes its D-th root. The root is no importance weight. But at ratio 1 its
     # gradient has the same direction, and it still tells how far the policy has moved, which is all
-    # that clipping needs. With D = 10^5 the true ratio would overflow. The root stays very near 1,
-    # and so clip ranges are as small as 1e-4.
+    # that clipping needs. With D = 10^5, a root of 1.001 is a true ratio of e^100. So roots stay
+    # near 1, and real models need clip ranges of 1e-4 or less. (For CPS the code also leaves out
+    # 1 / (2 * std^2) and the normalizer. We keep the density.)
     log_prob = log_density.flatten(1).mean(1)
     return x_next, log_prob, mean
 
@@ -197,12 +203,15 @@ def clipped_loss(ratio, advantages, clip_range):
     """The policy's part of equation 5, to be minimised. All are [B].
 
     ratio: how much likelier than at the time of drawing. In an epoch's first update it is 1, and
-    the gradient is that of log_prob * advantage: a plain policy gradient. Clipping acts from the
-    second update on. Where the ratio has already left the clip range on the side that its advantage
-    wants, min picks the constant: no gradient, this sample is done. On the other side nothing is
-    clipped, so that a mistake can be undone. (As averages, log-ratios tend to be below 0, so ratios
-    above 1 are seldom clipped. GRPO-Guard, arXiv 2510.22319, centres them. Flow-DPPO, 2606.11025,
-    masks by the exact KL between the old and the new Gaussian instead.)
+    the gradient is that of log_prob * advantage: a plain policy gradient. From the second update on
+    the images come from an older policy. They say little about a policy that is far from it, so
+    clipping ends the way there. Where the ratio has already left the clip range on the side that
+    its advantage wants, min picks the constant: no gradient, this sample is done. On the other side
+    nothing is clipped, so that a mistake can be undone.
+
+    (As averages, log-ratios tend to be below 0, so ratios above 1 are seldom clipped. GRPO-Guard,
+    arXiv 2510.22319, centres them. Flow-DPPO, 2606.11025, masks by the exact KL between the old and
+    the new Gaussian instead.)
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = torch.min(ratio * advantages, clipped * advantages)
@@ -249,8 +258,9 @@ def choose_window(config, rng):
     still adds noise in the last step, untrained. We end by the ODE, as its train_sd3_fast.py does.)
 
     A short window, the authors' later Flow-GRPO-Fast, is enough: what an image shows is decided in
-    the first, noisy steps, and the rest sharpens it. So there the rewards of a group differ most.
-    It saves work in the update: K steps of each image, not T-1. Drawing costs T passes as before.
+    the first, noisy steps, and the rest sharpens it. So noise in early steps makes the rewards of a
+    group differ most. A short window saves work in the update: K steps of each image, not T-1.
+    Drawing costs T passes as before.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -293,7 +303,7 @@ def draw(policy, x, prompts, condition, steps, window, generators):
 def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
     """An image for each prompt and seed in T steps, in micro-batches -> Rollout
 
-    alike: so many images in a row start from one noise, that of the first of them.
+    alike: how many images in a row start from the same noise
 
     Denoising reduction: training draws with T = 10. Such images are worse than those of 40 steps.
     But an advantage only compares images that were drawn alike, and for that they are good enough.
@@ -303,7 +313,7 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
     steps = sde_steps(times, config.noise_level, config.sde)
     condition = policy.encode(prompts)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    first = normal(policy, generators)  # all draw theirs, so that what follows differs
+    first = normal(policy, generators)
     first = first[::alike].repeat_interleave(alike, 0)
     images, latents, log_probs = [], [], []
     starts = range(0, len(seeds), config.batch_size)
@@ -337,8 +347,8 @@ def update(policy, config, drawn, advantages, rng):
     for part in shuffled.chunk(config.updates, dim=1):
         pairs = torch.cartesian_prod(part.flatten(), torch.arange(K))  # each image at each SDE step
         count = len(pairs) * PROCESSES.num_processes
-        for pair in progress(pairs.split(config.batch_size), "update"):
-            policy_loss, kl, ratio = losses(policy, config, drawn, advantages, *pair.T)
+        for micro in progress(pairs.split(config.batch_size), "update"):
+            policy_loss, kl, ratio = losses(policy, config, drawn, advantages, *micro.T)
             if not norms:  # in the first update
                 check_ratio(ratio, config.clip_range)
             loss = policy_loss + config.beta * kl
@@ -378,7 +388,7 @@ def check_ratio(ratio, clip_range):
     The tolerance for rounding is half the clip range, but at least 1e-5 and at most 1e-4.
     """
     off = (ratio - 1).abs().max().item()
-    if not off <= min(1e-4, max(clip_range / 2, 1e-5)):  # not "off > ...": nan must stop, too
+    if off > min(1e-4, max(clip_range / 2, 1e-5)):
         stop(f"the ratio is off by {off:.2g} before the first update, where it must be 1: sampling "
              "and training do not compute the same log-probability (guidance, dropout, a changed "
              "rollout, or, with bf16, micro-batches of several sizes: let --batch_size divide the "
@@ -517,7 +527,7 @@ class Policy:
         return params
 
     def velocity(self, x, t, condition):
-        """The network's v in float32. x: [B, C, H, W], t: [B or 1, 1, 1, 1] -> [B, C, H, W]
+        """The network's v in float32. x: [B, C, H, W], t: one time, or one for each image
 
         Classifier-free guidance makes one velocity of two calls, and so one Gaussian: that is the
         policy. Sampling and training must use the same guidance, or the ratio would compare two
@@ -531,8 +541,7 @@ class Policy:
             condition = [torch.cat([c, empty.to(c).expand_as(c)])
                          for c, empty in zip(condition, self.empty)]
         half = self.config.precision == "bf16"
-        # No cache: a copy of the LoRA made under no_grad has no gradient for a later pass.
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             v = self.forward(x.to(self.network.dtype), t, *condition).float()
         if guided:
             v, v_empty = v.chunk(2)
@@ -565,9 +574,8 @@ class Policy:
         return embeds, pooled
 
     def time_grid(self, T, **options):
-        """The scheduler's own times [T+1], 1 to 0: even for the toy, denser near 1 for SD3.5"""
-        options = options or dict(num_inference_steps=T)
-        self.pipe.scheduler.set_timesteps(device=self.device, **options)
+        """The scheduler's own times [T+1], 1 to 0: equal steps for the toy; SD3.5's begin small"""
+        self.pipe.scheduler.set_timesteps(T, device=self.device, **options)
         return self.pipe.scheduler.sigmas.float()
 
     @torch.no_grad()
@@ -690,7 +698,7 @@ def load_policy(config, prompts=()):
         stop(f"--model {config.model}: must be a StableDiffusion3Pipeline, FluxPipeline or "
              "SanaPipeline with its own scheduler; is the name right, the licence accepted, the "
              f"hub reachable? ({type(error).__name__}: {error})")
-    token = 2 * pipe.vae_scale_factor  # pixels: every model's side must be a multiple
+    token = 2 * pipe.vae_scale_factor  # in pixels
     most = token * policy.network.config.get("pos_embed_max_size", 2**20)
     if config.resolution not in range(token, most + 1, token):
         stop(f"--resolution {config.resolution}: must be a multiple of {token}, at most {most}")
@@ -711,7 +719,7 @@ class Config:
     reward: str = "ocr"                # of rewards.py, "file.py:function", or "ocr:1,pickscore:0.5"
     eval_reward: str = ""              # the same, but only measured: they show reward hacking
     model: str = "toy"                 # folder or hub name of an SD3, FLUX or SANA pipeline
-    dataset: str = ""                  # folder of train.txt, test.txt or of their *_metadata.jsonl
+    dataset: str = ""                  # folder of prompts; default: the toy's words or scenes
     resolution: int = 48               # height and width of the images in pixels
     max_sequence_length: int = 14      # tokens of the T5 encoder, or of SANA's Gemma
     precision: str = "fp32"            # of the network: fp32, or bf16 for half the memory
@@ -767,12 +775,11 @@ FAST = PAPER | dict(
     latest_start=2, sde="cps", noise_level=0.8, guidance=1.0, clip_range=1e-5, beta=0.0,
     adam_eps=1e-15, gradient_checkpointing=True, offload=True, eval_prompts=64)
 PRESETS = {
-    "": {},
     # The toy: for OCR the defaults above; these two rewards take longer.
-    "geneval": dict(groups=16, epochs=36, eval_every=12, window=2, learning_rate=1.5e-3,
-                    lr_decay=False, beta=0.1),
-    "toy_pickscore": dict(epochs=16, eval_every=8, window=2, learning_rate=1.5e-3,
-                          lr_decay=False, beta=0.1),
+    "geneval": dict(reward="geneval", groups=16, epochs=36, eval_every=12, window=2,
+                    learning_rate=1.5e-3, lr_decay=False, beta=0.1),
+    "toy_pickscore": dict(reward="toy_pickscore", epochs=16, eval_every=8, window=2,
+                          learning_rate=1.5e-3, lr_decay=False, beta=0.1),
     "sd3.5-medium": PAPER,
     "sd3.5-medium-fast": FAST,
     "sana-0.6b": FAST | dict(  # 8 GB; nobody has reported a run with these numbers
@@ -922,6 +929,7 @@ def begin(config, policy):
         rows = load(policy, folder)
     elif PROCESSES.is_main_process:
         folder = claim(config)
+        save(policy, folder, rows)
     folder = gather_object([folder])[0]
     config.name = str(folder)
     if PROCESSES.is_main_process:
@@ -956,16 +964,11 @@ def write(path, content):
 
 
 def save(policy, folder, rows):
-    """Everything that a later epoch depends on, and the averaged LoRA in diffusers' format
+    """The averaged LoRA in diffusers' format, and everything that a later epoch depends on
 
     Prompts, windows and noise are drawn anew from (seed, epoch), so no generator is among it.
     """
     from peft import get_peft_model_state_dict
-    buffer = io.BytesIO()
-    torch.save(dict(
-        tensors=[p.detach() for p in policy.params + policy.average],
-        optimizer=policy.optimizer.state_dict(), rows=rows), buffer)
-    write(folder / "checkpoint.pt", buffer.getvalue())
     settings = policy.network.peft_config["default"].to_dict()  # without alpha its scale would be 1
     settings["target_modules"] = sorted(settings["target_modules"])
     settings = {f"transformer.{key}": value for key, value in settings.items()}
@@ -974,13 +977,16 @@ def save(policy, folder, rows):
         lora = {f"transformer.{key}": value.contiguous() for key, value in lora.items()}
         content = safetensors.torch.save(lora, {"lora_adapter_metadata": json.dumps(settings)})
     write(folder / "pytorch_lora_weights.safetensors", content)
+    buffer = io.BytesIO()
+    torch.save(dict(
+        tensors=[p.detach() for p in policy.params + policy.average],
+        optimizer=policy.optimizer.state_dict(), rows=rows), buffer)
+    write(folder / "checkpoint.pt", buffer.getvalue())
 
 
 def load(policy, folder):
     """Puts a checkpoint back -> the metrics so far"""
     path = folder / "checkpoint.pt"
-    if not path.exists() and not (folder / "metrics.jsonl").exists():
-        return []  # it was stopped in its first epoch
     try:
         state = torch.load(path, map_location=policy.device, weights_only=True)
         for own, saved in zip(policy.params + policy.average, state["tensors"]):
@@ -991,24 +997,22 @@ def load(policy, folder):
         stop(f"--resume {folder}: {path} is missing, damaged or not of this run ({error})")
 
 
-SHOWN = "epoch", "reward", "kl", "clip_low", "clip_high", "grad_norm", "seconds"
-
-
 def record(policy, folder, rows, tracker):
-    """After an epoch: a line, the metrics, a checkpoint and, after an evaluation, the pictures"""
+    """After an epoch: a line, the metrics, after an evaluation the pictures, and a checkpoint"""
     first, row = rows[0], rows[-1]
     tracker.log(row, step=len(rows) - 1)
     if not PROCESSES.is_main_process:
         return
-    save(policy, folder, rows)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     write(folder / "metrics.jsonl", lines.encode())
-    print(*(f"{key} {row[key]:.4g}" for key in SHOWN if key in row), sep=", ", flush=True)
+    shown = "epoch", "reward", "kl", "clip_low", "clip_high", "grad_norm", "seconds"
+    print(*(f"{key} {row[key]:.4g}" for key in shown if key in row), sep=", ", flush=True)
     if "eval_reward" in row:
         draw_results(folder, rows)
         for key in ("eval_reward", "eval_accuracy"):
-            if row[key] != 0:  # no PickScore is 1, so no accuracy
+            if first[key] or row[key]:  # no PickScore is 1, so no accuracy
                 print(f"{key} {first[key]:.3f} -> {row[key]:.3f}", flush=True)
+    save(policy, folder, rows)  # last: when this epoch is not repeated, the rest is there
 
 
 # ------------------------------------------------------------------------ 8. numbers and pictures
@@ -1029,7 +1033,7 @@ def summary(terms, clip_range):
         policy_loss=policy_loss.mean(),  # is near 0 and says little: the gradient is what counts
         kl=kl.mean(),  # how far the policy is from the base model
         ratio=ratio.mean(),
-        ratio_deviation=moved.abs().max(),  # 0 in the first update; what is seen comes later
+        ratio_deviation=moved.abs().max(),  # 0 in the first update, so later ones show here
         # Shares outside the clip range, of all updates. With two updates they are at most half.
         clip_low=(moved < -clip_range).float().mean(),
         clip_high=(moved > clip_range).float().mean())

@@ -4,7 +4,7 @@
   python results/figures.py marginals windows  # only these
 
 A function below is a figure, a table, or both; what it returns is the table of its name in
-README.md. Where the new defaults have no run yet, the first edition's are shown and marked so.
+README.md.
 """
 import functools
 import json
@@ -25,7 +25,6 @@ import flow_grpo  # noqa: E402
 import rewards  # noqa: E402
 
 ROWS = [json.loads(line) for line in (RESULTS / "runs.jsonl").read_text("utf-8").splitlines()]
-FIRST = "first-edition/"
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 COLORS = "black", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 BLACK, BLUE, ORANGE, _, RED, *_ = COLORS
@@ -38,23 +37,17 @@ class Missing(Exception):
 # ------------------------------------------------------------------------------------- runs, tables
 
 
-def runs(name, edition=""):
-    """All seeds of a setting: the rows named edition + name/seed0 and so on"""
-    return [row for row in ROWS if row["name"].rpartition("/")[0] == edition + name]
+def runs(name):
+    """All seeds of a setting: the rows named name/seed0 and so on"""
+    return [row for row in ROWS if row["name"].rpartition("/")[0] == name]
 
 
 def found(*names):
-    """{name: its runs}, all of one edition: the new one, if it has any of them"""
-    for edition in ("", FIRST):
-        there = {name: runs(name, edition) for name in names if runs(name, edition)}
-        if there:
-            return there
-    raise Missing(f"no run of {', '.join(names)} in runs.jsonl")
-
-
-def label(name, rows):
-    """A name, marked where its runs are the first edition's"""
-    return name + (" (first edition)" if rows[0]["name"].startswith(FIRST) else "")
+    """{name: its runs}, of those that have any"""
+    there = {name: runs(name) for name in names if runs(name)}
+    if not there:
+        raise Missing(f"no run of {', '.join(names)} in runs.jsonl")
+    return there
 
 
 def values(rows, key):
@@ -231,27 +224,23 @@ def noise_decides(prompts=8, size=16, late=5, cell=64):
 # ------------------------------------------------------------------------------ what the runs show
 
 
+TRIED = dict(ocr=["ocr/8-epochs", "ocr/clip1e-3"], pickscore=["pickscore/16-epochs"],
+             geneval=["geneval/36-epochs", "geneval/falling-rate"])
+
+
 def headline(task, keys, *paper):
     """A task's table: keys of `final` and their titles; at the end the paper's lines"""
     main, lines = next(iter(keys)), []
-    tried = dict(ocr="ocr/8-epochs", geneval="geneval/falling-rate").get(task, "")
-    base = found(f"base/{task}")[f"base/{task}"]
-    first = runs(f"{task}/default", FIRST)
-    published = [row for row in first if row["seed"] in (0, 1, 2)]
-    later = [row for row in first if row not in published] + runs(f"{task}/default-again", FIRST)
-    for name, rows in ((label("the toy as it is", base), base),
-                       ("**trained**", runs(f"{task}/default")),
-                       (f"tried before: {tried}", runs(tried)),
-                       ("first edition, seeds 0, 1, 2", published),
-                       ("first edition, runs made later", later)):
+    settings = {f"base/{task}": "the toy as it is", f"{task}/default": "**trained**"}
+    settings |= {name: f"tried before: {name}" for name in TRIED[task]}
+    for name, rows in found(*settings).items():
         trained = [row for row in rows if row["curves"].get("epoch")]
         before = [row["curves"][main][0] for row in trained]
         seconds = [row["seconds"] for row in trained if row["seconds"]]
         numbers = [mean(rows, key) if "accuracy/" in key else spread(values(rows, key))
                    for key in keys]
-        if rows:
-            lines.append([name, len(rows), f"{np.mean(before):.3f}" if before else "", *numbers,
-                          f"{np.mean(seconds):.0f}" if seconds else ""])
+        lines.append([settings[name], len(rows), f"{np.mean(before):.3f}" if before else "",
+                      *numbers, f"{np.mean(seconds):.0f}" if seconds else ""])
     for name, numbers in paper:
         numbers = numbers.split() + [""] * len(keys)
         lines.append([name, "", "", *numbers[:len(keys)], ""])
@@ -278,7 +267,7 @@ def overview():
              "0.835 -> 0.897")):
         rows = found(f"{task}/default")[f"{task}/default"]
         before = np.mean([row["curves"][key][0] for row in rows])
-        lines.append([label(title, rows), f"`--reward {option}`", f"{before:.3f}",
+        lines.append([title, f"`--reward {option}`", f"{before:.3f}",
                       spread(values(rows, key)), len(rows), paper])
     return table(["held-out prompts", "command", "before", "after: mean (worst to best)", "seeds",
                   "the paper, SD3.5-Medium"], *lines)
@@ -302,7 +291,7 @@ def generalisation():
     rows = found("generalisation/default")["generalisation/default"]
     keys = ["eval_accuracy", *(f"eval_accuracy/{task}" for task in TASKS)]
     lines = [[text, *(f"{np.mean([row['curves'][key][i] for row in rows]):.2f}" for key in keys)]
-             for text, i in ((label("before", rows), 0), (label("after", rows), -1))]
+             for text, i in (("before", 0), ("after", -1))]
     return table(["", "overall", *TASKS.values()], *lines, *(
         [name, *numbers.split()] for name, numbers in PAPER_UNSEEN))
 
@@ -324,7 +313,7 @@ def curves():
         rows = found(f"{task}/default")[f"{task}/default"]
         evaluations(axes, rows, key, BLUE)
         axes.set(xlabel="epoch", ylabel="held-out prompts")
-        axes.set_title(label(title, rows), fontsize=10)
+        axes.set_title(title, fontsize=10)
     save(figure, "curves")
 
 
@@ -356,13 +345,11 @@ def kl():
             ("text", "ocr/default", "ocr/beta0"), ("scenes", "geneval/default", "geneval/beta0"),
             ("preference", "pickscore/default", "pickscore/beta0"),
             ("preference, twice the rate", "pickscore/twice-beta0.3", "pickscore/twice-beta0"),
-            ("the same, 48 epochs", "pickscore/long-beta0.3", "pickscore/long-beta0"),
-            ("the same, 48 epochs", f"{FIRST}pickscore/lr3e-3-beta0.3",
-             f"{FIRST}pickscore/lr3e-3-beta0")):
+            ("the same, 48 epochs", "pickscore/long-beta0.3", "pickscore/long-beta0")):
         for name, rows in found(with_kl, without).items():
             rows = [row for row in rows if row["curves"]]
             moved = np.mean([row["curves"]["kl"][-4:] for row in rows])
-            lines.append([label(task, rows), "no" if name == without else "yes", len(rows),
+            lines.append([task, "no" if name == without else "yes", len(rows),
                           *(spread(values(rows, key)) for key in keys), f"{moved:.1e}"])
     return table(["trained on", "KL", "seeds", "its reward", "diversity", "toy_taste", "toy_sign",
                   "toy_inks", "KL at the end"], *lines)
@@ -374,7 +361,7 @@ def times():
              "time/T40-window0": "T = 40, all but the last step noisy",
              "time/T10-window0": "T = 10, the same"}
     rows = found(*names)
-    return table([label("", rows["time/T10"]).strip(), *(names[name] for name in rows)], [
+    return table(["", *(names[name] for name in rows)], [
         "seconds an epoch", *(f"{np.mean(row['curves']['seconds'][1:3]):.1f}"
                               for row, in rows.values())])
 
@@ -416,7 +403,7 @@ def ablation(name):
         axes.plot(epochs, np.mean(reward, 0), color=color, label=text)
         axes.fill_between(epochs, np.min(reward, 0), np.max(reward, 0), color=color, alpha=0.12,
                           lw=0)
-    axes.set(title=label(title, rows), xlabel="epoch", ylabel="training reward, mean of 3 epochs")
+    axes.set(title=title, xlabel="epoch", ylabel="training reward, mean of 3 epochs")
     save(figure, name)
 
 
@@ -435,7 +422,7 @@ def ablations():
                 spread([line[-1] for line in accuracy]), spread(reward),
                 spread(values(rows, "eval_reward/toy_inks"), 2), f"{np.mean(clipped):.1%}"])
         if len(cells) > 1:
-            lines.append([label(title, rows), *map("<br>".join, zip(*cells))])
+            lines.append([title, *map("<br>".join, zip(*cells))])
     there = [name for name in ABLATIONS if (OUT / f"{name}.png").exists()]
     pictures = [f"![{ABLATIONS[name][0]}](figures/{name}.png)" for name in there]
     head = ["", "setting", "seeds", "whole words at the end", "training reward, first half", "inks",
@@ -445,17 +432,17 @@ def ablations():
 
 def search():
     """The settings that the defaults were chosen from, on parts of the training prompts"""
-    names = {row["name"].rpartition("/")[0]: None for row in ROWS}
-    lines = []
-    for name in sorted(name for name in names if name.startswith("search/")):
-        _, task, setting = name.split("/")
-        main = "eval_reward" if task == "pickscore" else "eval_accuracy"
-        rows = runs(name)
-        lines.append([task, setting.replace("-", ", "), len(rows), spread(values(rows, main)),
-                      spread(values(rows, "eval_diversity"), 2),
-                      spread(values(rows, "eval_reward/toy_inks"), 2)])
-    return table(["task", "setting, epochs last", "seeds", "at the end", "diversity", "inks"],
-                 *lines)
+    cells = {}
+    for name in sorted({row["name"].rpartition("/")[0] for row in ROWS}):
+        if name.startswith("search/"):
+            _, task, setting = name.split("/")
+            main = "eval_reward" if task == "pickscore" else "eval_accuracy"
+            rows = runs(name)
+            cells.setdefault(task, []).append([
+                setting.replace("-", ", "), str(len(rows)), spread(values(rows, main)),
+                spread(values(rows, "eval_reward/toy_inks"), 2)])
+    return table(["task", "setting, epochs last", "seeds", "at the end", "inks"], *(
+        [task, *map("<br>".join, zip(*rows))] for task, rows in cells.items()))
 
 
 # --------------------------------------------------------------------- what the runs' folders hold
