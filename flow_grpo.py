@@ -778,8 +778,8 @@ PRESETS = {
     # The toy: for OCR the defaults above; these two rewards take longer.
     "geneval": dict(reward="geneval", groups=16, epochs=36, eval_every=12, window=2,
                     learning_rate=1.5e-3, lr_decay=False, beta=0.1),
-    "toy_pickscore": dict(reward="toy_pickscore", epochs=16, eval_every=8, window=2,
-                          learning_rate=1.5e-3, lr_decay=False, beta=0.1),
+    "toy_pickscore": dict(reward="toy_pickscore", epochs=24, eval_every=12, window=2,
+                          learning_rate=2e-3, beta=0.1),
     "sd3.5-medium": PAPER,
     "sd3.5-medium-fast": FAST,
     "sana-0.6b": FAST | dict(  # 8 GB; nobody has reported a run with these numbers

@@ -344,8 +344,8 @@ def kl():
     for task, with_kl, without in (
             ("text", "ocr/default", "ocr/beta0"), ("scenes", "geneval/default", "geneval/beta0"),
             ("preference", "pickscore/default", "pickscore/beta0"),
-            ("preference, twice the rate", "pickscore/twice-beta0.3", "pickscore/twice-beta0"),
-            ("the same, 48 epochs", "pickscore/long-beta0.3", "pickscore/long-beta0")):
+            ("preference, high rate, 16 epochs", "pickscore/high-beta0.3", "pickscore/high-beta0"),
+            ("preference, high rate, 48 epochs", "pickscore/long-beta0.3", "pickscore/long-beta0")):
         for name, rows in found(with_kl, without).items():
             rows = [row for row in rows if row["curves"]]
             moved = np.mean([row["curves"]["kl"][-4:] for row in rows])

@@ -34,7 +34,8 @@ ALL = "--eval_prompts 0"  # an evaluation on every test prompt; it changes nothi
 OCR = "--reward ocr --eval_reward toy_sign,toy_inks"
 GENEVAL = "--reward geneval --eval_reward toy_taste"
 PICKSCORE = "--reward toy_pickscore --eval_reward toy_taste"
-TWICE = "--learning_rate 3e-3"  # further than anyone should go
+# Further than anyone should go
+HIGH = "--learning_rate 3e-3 --no-lr_decay --eval_every 8 --clip_range 1e-3"
 # A part of the training words, so that no test word decides anything
 DEV = f"{OCR} --dataset dev/ocr --eval_every 6 --clip_range 1e-3"
 ALONE = "time/"
@@ -44,17 +45,18 @@ RUNS = [
     ("base/pickscore", f"{PICKSCORE} --epochs 0 {ALL}", [0]),
     ("ocr/default", f"{OCR} {ALL}", range(4001, 4011)),
     ("geneval/default", f"{GENEVAL} {ALL}", range(2001, 2006)),
-    ("pickscore/default", f"{PICKSCORE} {ALL}", range(2001, 2006)),
+    ("pickscore/default", f"{PICKSCORE} {ALL}", range(4001, 4006)),
     ("ocr/film", f"{OCR} --eval_every 1 --eval_prompts 16 --eval_per_prompt 1", [0]),
     ("redness/default", "--reward flow_grpo:redness", [0]),
 
     # the KL, and what happens without it
     ("ocr/beta0", f"{OCR} --beta 0 {ALL}", THREE),
-    ("pickscore/beta0", f"{PICKSCORE} --beta 0 {ALL}", [0]),
-    ("pickscore/twice-beta0.3", f"{PICKSCORE} {TWICE} --beta 0.3 {ALL}", THREE),
-    ("pickscore/twice-beta0", f"{PICKSCORE} {TWICE} --beta 0 {ALL}", THREE),
-    ("pickscore/long-beta0.3", f"{PICKSCORE} {TWICE} --beta 0.3 --epochs 48 {ALL}", [0, 1]),
-    ("pickscore/long-beta0", f"{PICKSCORE} {TWICE} --beta 0 --epochs 48 {ALL}", [0, 1]),
+    ("geneval/beta0", f"{GENEVAL} --beta 0 {ALL}", [0]),
+    ("pickscore/beta0", f"{PICKSCORE} --beta 0 {ALL}", THREE),
+    ("pickscore/high-beta0.3", f"{PICKSCORE} {HIGH} --beta 0.3 --epochs 16 {ALL}", THREE),
+    ("pickscore/high-beta0", f"{PICKSCORE} {HIGH} --beta 0 --epochs 16 {ALL}", THREE),
+    ("pickscore/long-beta0.3", f"{PICKSCORE} {HIGH} --beta 0.3 --epochs 48 {ALL}", THREE),
+    ("pickscore/long-beta0", f"{PICKSCORE} {HIGH} --beta 0 --epochs 48 {ALL}", THREE),
 
     ("generalisation/default", f"{GENEVAL} --dataset dev/generalisation {ALL}", [0]),
 
