@@ -204,10 +204,10 @@ def clipped_loss(ratio, advantages, clip_range):
 
     ratio: how much likelier than at the time of drawing. In an epoch's first update it is 1, and
     the gradient is that of log_prob * advantage: a plain policy gradient. From the second update on
-    the images come from an older policy. They say little about a policy that is far from it, so
-    clipping ends the way there. Where the ratio has already left the clip range on the side that
-    its advantage wants, min picks the constant: no gradient, this sample is done. On the other side
-    nothing is clipped, so that a mistake can be undone.
+    the images come from an older policy. They say little about a policy that is far from it.
+    Clipping keeps the new one near. Where the ratio has already left the clip range on the side
+    that its advantage wants, min picks the constant: no gradient, this sample is done. On the other
+    side nothing is clipped, so that a mistake can be undone.
 
     (As averages, log-ratios tend to be below 0, so ratios above 1 are seldom clipped. GRPO-Guard,
     arXiv 2510.22319, centres them. Flow-DPPO, 2606.11025, masks by the exact KL between the old and
