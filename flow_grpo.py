@@ -748,7 +748,7 @@ class Config:
     learning_rate: float = 3e-3        # of AdamW
     lr_decay: bool = True              # it falls to 0 with the last epoch
     adam_eps: float = 1e-8             # must be far below the gradients of one weight
-    clip_range: float = 5e-4           # how far a ratio may leave 1
+    clip_range: float = 1e-3           # how far a ratio may leave 1: less clips more, learns less
     beta: float = 0.5                  # weight of the KL: more keeps quality and slows the reward
     std_over: str = "batch"            # whose std divides the advantages: batch or group
     combine: str = "sum"               # several rewards: their weighted sum, or gdpo

@@ -224,7 +224,7 @@ def noise_decides(prompts=8, size=16, late=5, cell=64):
 # ------------------------------------------------------------------------------ what the runs show
 
 
-TRIED = dict(ocr=["ocr/8-epochs", "ocr/clip1e-3"], pickscore=["pickscore/16-epochs"],
+TRIED = dict(ocr=["ocr/8-epochs", "ocr/clip5e-4"], pickscore=["pickscore/16-epochs"],
              geneval=["geneval/36-epochs", "geneval/falling-rate"])
 
 

@@ -35,15 +35,16 @@ OCR = "--reward ocr --eval_reward toy_sign,toy_inks"
 GENEVAL = "--reward geneval --eval_reward toy_taste"
 PICKSCORE = "--reward toy_pickscore --eval_reward toy_taste"
 # Further than anyone should go
-HIGH = "--learning_rate 3e-3 --no-lr_decay --eval_every 8 --clip_range 1e-3"
+HIGH = "--learning_rate 3e-3 --no-lr_decay --eval_every 8"
 # A part of the training words, so that no test word decides anything
-DEV = f"{OCR} --dataset dev/ocr --eval_every 6 --clip_range 1e-3"
+DEV = f"{OCR} --dataset dev/ocr --eval_every 6"
 ALONE = "time/"
 RUNS = [
     ("base/ocr", f"{OCR} --epochs 0 {ALL}", [0]),
     ("base/geneval", f"{GENEVAL} --epochs 0 {ALL}", [0]),
     ("base/pickscore", f"{PICKSCORE} --epochs 0 {ALL}", [0]),
-    ("ocr/default", f"{OCR} {ALL}", range(4001, 4011)),
+    ("ocr/default", f"{OCR} {ALL}", [*range(3001, 3011), *range(4001, 4011)]),
+    ("ocr/clip5e-4", f"{OCR} --clip_range 5e-4 {ALL}", [4001, 4002]),
     ("geneval/default", f"{GENEVAL} {ALL}", range(2001, 2006)),
     ("pickscore/default", f"{PICKSCORE} {ALL}", range(4001, 4006)),
     ("ocr/film", f"{OCR} --eval_every 1 --eval_prompts 16 --eval_per_prompt 1", [0]),
