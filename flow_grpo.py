@@ -776,7 +776,7 @@ FAST = PAPER | dict(
     adam_eps=1e-15, gradient_checkpointing=True, offload=True, eval_prompts=64)
 PRESETS = {
     # The toy: for OCR the defaults above; these two rewards take longer.
-    "geneval": dict(reward="geneval", groups=16, epochs=36, eval_every=12, window=2,
+    "geneval": dict(reward="geneval", groups=32, group_size=8, epochs=36, eval_every=12, window=2,
                     learning_rate=1.5e-3, lr_decay=False, beta=0.1),
     "toy_pickscore": dict(reward="toy_pickscore", epochs=24, eval_every=12, window=2,
                           learning_rate=2e-3, beta=0.1),

@@ -1335,7 +1335,7 @@ def test_the_presets_are_the_papers():
     flux = dict(train_steps=6, eval_steps=28, guidance=3.5, noise_level=0.9, beta=0, lora_rank=64)
     assert flux.items() <= vars(parse(["--preset", "flux.1-dev"])).items()
     geneval = parse(["--reward", "geneval"])
-    assert geneval.groups == 16 and replace(geneval, preset="geneval") == parse(
+    assert geneval.groups == 32 and replace(geneval, preset="geneval") == parse(
         ["--preset", "geneval"])
     own = parse(["--preset", "sd3.5-medium-fast", "--beta", "0.01", "--no-offload"])
     assert (own.beta, own.offload, own.gradient_checkpointing) == (0.01, False, True)

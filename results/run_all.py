@@ -45,7 +45,7 @@ RUNS = [
     ("base/pickscore", f"{PICKSCORE} --epochs 0 {ALL}", [0]),
     ("ocr/default", f"{OCR} {ALL}", [*range(3001, 3011), *range(4001, 4011)]),
     ("ocr/clip5e-4", f"{OCR} --clip_range 5e-4 {ALL}", [4001, 4002]),
-    ("geneval/default", f"{GENEVAL} {ALL}", range(2001, 2006)),
+    ("geneval/default", f"{GENEVAL} {ALL}", range(4001, 4006)),
     ("pickscore/default", f"{PICKSCORE} {ALL}", range(4001, 4006)),
     ("ocr/film", f"{OCR} --eval_every 1 --eval_prompts 16 --eval_per_prompt 1", [0]),
     ("redness/default", "--reward flow_grpo:redness", [0]),
