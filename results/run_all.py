@@ -38,6 +38,7 @@ PICKSCORE = "--reward toy_pickscore --eval_reward toy_taste"
 HIGH = "--learning_rate 3e-3 --no-lr_decay --eval_every 8"
 # A part of the training words, so that no test word decides anything
 DEV = f"{OCR} --dataset dev/ocr --eval_every 6"
+SCENES = f"{GENEVAL} --dataset dev/geneval --eval_every 6 {ALL}"
 ALONE = "time/"
 RUNS = [
     ("base/ocr", f"{OCR} --epochs 0 {ALL}", [0]),
@@ -96,6 +97,14 @@ RUNS = [
     ("dev/ocr/updates1", f"{DEV} --updates 1", [0]),
     ("dev/ocr/updates4", f"{DEV} --updates 4", [0]),
     ("dev/ocr/std-group", f"{DEV} --std_over group", [0]),
+
+    # what the scenes' defaults were chosen from
+    ("dev/geneval/groups16x16", f"{SCENES} --groups 16 --group_size 16 --epochs 42", [301, 302]),
+    ("dev/geneval/groups32x8", f"{SCENES} --clip_range 5e-4 --epochs 42", [301, 302]),
+    ("dev/geneval/falling", f"{SCENES} --clip_range 5e-4 --learning_rate 2e-3 --lr_decay",
+     [301, 302]),
+    ("dev/geneval/beta0.03", f"{SCENES} --clip_range 5e-4 --beta 0.03", [301, 302]),
+    ("dev/geneval/beta0.25", f"{SCENES} --clip_range 5e-4 --beta 0.25", [301, 302]),
 ]
 
 
@@ -104,16 +113,16 @@ def read_jsonl(path):
 
 
 def write_dev():
-    """The data sets that are not in the repository: a part of the training words, unseen scenes"""
-    ocr, unseen = TOP / "dev/ocr", TOP / "dev/generalisation"
-    for folder in (ocr, unseen, TOP / "runs"):
+    """The data sets that are not in the repository: parts of the training prompts, unseen scenes"""
+    ocr, unseen, held_out = (TOP / "dev" / name for name in ("ocr", "generalisation", "geneval"))
+    for folder in (ocr, unseen, held_out, TOP / "runs"):
         folder.mkdir(parents=True, exist_ok=True)
     words = (TOP / "toy/ocr/train.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     (ocr / "train.txt").write_text("".join(words[:-60]), encoding="utf-8")
     (ocr / "test.txt").write_text("".join(words[-60:]), encoding="utf-8")
 
     # Trained without crosses, purple and "four"; tested on what has one of them.
-    train = read_jsonl(TOP / "toy/geneval/train_metadata.jsonl")
+    known = train = read_jsonl(TOP / "toy/geneval/train_metadata.jsonl")
     scenes = train + read_jsonl(TOP / "toy/geneval/test_metadata.jsonl")
     train = [row for row in train if not re.search("cross|purple|four", row["prompt"])]
     tests = []
@@ -125,9 +134,26 @@ def write_dev():
         random.Random(0).shuffle(rows)
         tests.append((rows * 24)[:24])
     test = [row for six in zip(*tests) for row in six]
+    write_scenes(unseen, train, test)
+
+    # Of each task a fifth of the training prompts is held out, but at least two.
+    train, test = [], []
+    for task in sorted({row["tag"] for row in known}):
+        own = [row for row in known if row["tag"] == task]
+        prompts = sorted({row["prompt"] for row in own})
+        random.Random(0).shuffle(prompts)
+        prompts = set(prompts[:max(2, len(prompts) // 5)])
+        kept = [row for row in own if row["prompt"] not in prompts]
+        train += (3 * kept)[:len(own)]
+        others = {row["prompt"]: row for row in own if row["prompt"] in prompts}
+        test += (24 * list(others.values()))[:24]
+    write_scenes(held_out, train, test)
+
+
+def write_scenes(folder, train, test):
     for split, rows in (("train", train), ("test", test)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (unseen / f"{split}_metadata.jsonl").write_text(text, encoding="utf-8")
+        (folder / f"{split}_metadata.jsonl").write_text(text, encoding="utf-8")
 
 
 def curves_and_final(rows):
