@@ -225,7 +225,7 @@ def noise_decides(prompts=8, size=16, late=5, cell=64):
 
 
 TRIED = dict(ocr=["ocr/8-epochs", "ocr/clip5e-4"], pickscore=["pickscore/16-epochs"],
-             geneval=["geneval/36-epochs", "geneval/falling-rate"])
+             geneval=["geneval/groups16x16", "geneval/falling-rate"])
 
 
 def headline(task, keys, *paper):
@@ -434,7 +434,7 @@ def search():
     """The settings that the defaults were chosen from, on parts of the training prompts"""
     cells = {}
     for name in sorted({row["name"].rpartition("/")[0] for row in ROWS}):
-        if name.startswith("search/"):
+        if name.startswith(("search/", "dev/geneval")):
             _, task, setting = name.split("/")
             main = "eval_reward" if task == "pickscore" else "eval_accuracy"
             rows = runs(name)
