@@ -39,14 +39,15 @@ HIGH = "--learning_rate 3e-3 --no-lr_decay --eval_every 8"
 # A part of the training words, so that no test word decides anything
 DEV = f"{OCR} --dataset dev/ocr --eval_every 6"
 SCENES = f"{GENEVAL} --dataset dev/geneval --eval_every 6 {ALL}"
+FEW = f"{SCENES} --groups 32 --group_size 8 --clip_range 5e-4"
 ALONE = "time/"
 RUNS = [
     ("base/ocr", f"{OCR} --epochs 0 {ALL}", [0]),
     ("base/geneval", f"{GENEVAL} --epochs 0 {ALL}", [0]),
     ("base/pickscore", f"{PICKSCORE} --epochs 0 {ALL}", [0]),
-    ("ocr/default", f"{OCR} {ALL}", [*range(3001, 3011), *range(4001, 4011)]),
+    ("ocr/default", f"{OCR} {ALL}", range(5001, 5011)),
     ("ocr/clip5e-4", f"{OCR} --clip_range 5e-4 {ALL}", [4001, 4002]),
-    ("geneval/default", f"{GENEVAL} {ALL}", range(4001, 4006)),
+    ("geneval/default", f"{GENEVAL} {ALL}", range(5001, 5006)),
     ("pickscore/default", f"{PICKSCORE} {ALL}", range(4001, 4006)),
     ("ocr/film", f"{OCR} --eval_every 1 --eval_prompts 16 --eval_per_prompt 1", [0]),
     ("redness/default", "--reward flow_grpo:redness", [0]),
@@ -99,12 +100,12 @@ RUNS = [
     ("dev/ocr/std-group", f"{DEV} --std_over group", [0]),
 
     # what the scenes' defaults were chosen from
-    ("dev/geneval/groups16x16", f"{SCENES} --groups 16 --group_size 16 --epochs 42", [301, 302]),
-    ("dev/geneval/groups32x8", f"{SCENES} --clip_range 5e-4 --epochs 42", [301, 302]),
-    ("dev/geneval/falling", f"{SCENES} --clip_range 5e-4 --learning_rate 2e-3 --lr_decay",
+    ("dev/geneval/groups16x16", f"{SCENES} --epochs 42", [301, 302]),
+    ("dev/geneval/groups32x8", f"{FEW} --epochs 42", [301, 302]),
+    ("dev/geneval/falling", f"{FEW} --learning_rate 2e-3 --lr_decay",
      [301, 302]),
-    ("dev/geneval/beta0.03", f"{SCENES} --clip_range 5e-4 --beta 0.03", [301, 302]),
-    ("dev/geneval/beta0.25", f"{SCENES} --clip_range 5e-4 --beta 0.25", [301, 302]),
+    ("dev/geneval/beta0.03", f"{FEW} --beta 0.03", [301, 302]),
+    ("dev/geneval/beta0.25", f"{FEW} --beta 0.25", [301, 302]),
 ]
 
 
