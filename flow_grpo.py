@@ -55,7 +55,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather, gather_object, reduce
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -337,10 +337,6 @@ def update(policy, config, drawn, advantages, rng):
     """An epoch's optimizer steps, each on an equal part of every group's images -> metrics
 
     drawn, advantages [B]: this process's whole groups. rng is the same on every process.
-
-    PAPER/CODE: as in the code, an image without advantage is left out, also of the KL. It has
-    nothing to teach. In an epoch where most groups have equal rewards, the KL of such images would
-    be most of the gradient, and Adam rescales what is small: the model would walk back to the base.
     """
     size, K = config.group_size, len(drawn.window)
     orders = [rng.sample(range(size), size) for _ in range(config.groups)]
@@ -349,24 +345,18 @@ def update(policy, config, drawn, advantages, rng):
     shuffled = first[:, None] + orders  # [groups, group_size], numbers of images
     terms, norms = [], []
     for part in shuffled.chunk(config.updates, dim=1):
-        images = part.flatten()
-        images = images[advantages[images] != 0]
-        pairs = torch.cartesian_prod(images, torch.arange(K))  # each image at each SDE step
-        count = sum(gather_object([len(pairs)]))
-        if count == 0:
-            continue
-        for start in progress(range(0, len(pairs), config.batch_size), "update"):
-            i, k = pairs[start:start + config.batch_size].T
-            policy_loss, kl, ratio = losses(policy, config, drawn, advantages, i, k)
+        pairs = torch.cartesian_prod(part.flatten(), torch.arange(K))  # each image at each SDE step
+        count = len(pairs) * PROCESSES.num_processes
+        for micro in progress(pairs.split(config.batch_size), "update"):
+            policy_loss, kl, ratio = losses(policy, config, drawn, advantages, *micro.T)
             if not norms:  # in the first update
                 check_ratio(ratio, config.clip_range)
             loss = policy_loss + config.beta * kl
             (loss.sum() / count).backward()  # equation 5: the mean over all images and steps
-            terms += torch.stack([policy_loss, kl, ratio], 1).tolist()
+            terms.append(torch.stack([policy_loss, kl, ratio], 1).detach())
         norms.append(policy.optimize())
-    if not norms:
-        return {}
-    return summary(terms, config.clip_range) | {"grad_norm": np.mean(norms)}
+    metrics = summary(torch.cat(terms), config.clip_range)
+    return metrics | {"grad_norm": np.mean(norms)}
 
 
 def losses(policy, config, drawn, advantages, i, k):
@@ -616,7 +606,7 @@ class Policy:
     def optimize(self):
         """One optimizer step with the gradients of all processes -> their norm before clipping"""
         for p in self.params:
-            p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+            p.grad = reduce(p.grad, "sum")
         norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}")
@@ -1036,12 +1026,12 @@ def check_finite(values, prompts, what):
 
 
 def summary(terms, clip_range):
-    """policy_loss, kl and ratio of an epoch's updates, [[...], ...] -> metrics, of all processes"""
-    policy_loss, kl, ratio = torch.tensor(gather_object(terms)).unbind(1)
+    """policy_loss, kl and ratio of an epoch's updates, [N, 3] -> metrics, over all processes"""
+    policy_loss, kl, ratio = gather(terms).unbind(1)
     moved = ratio - 1
     return dict(
         policy_loss=policy_loss.mean(),  # is near 0 and says little: the gradient is what counts
-        kl=kl.mean(),  # how far the policy is from the base model, on what it was trained on
+        kl=kl.mean(),  # how far the policy is from the base model
         ratio=ratio.mean(),
         ratio_deviation=moved.abs().max(),  # 0 in the first update, so later ones show here
         # Shares outside the clip range, of all updates. With two updates they are at most half.

@@ -225,8 +225,8 @@ def noise_decides(prompts=8, size=16, late=5, cell=64):
 
 
 TRIED = dict(
-    ocr=["ocr/8-epochs", "ocr/all-images", "ocr/clip5e-4"], pickscore=["pickscore/16-epochs"],
-    geneval=["geneval/all-images", "geneval/groups32x8", "geneval/falling-rate"])
+    ocr=["ocr/8-epochs", "ocr/clip5e-4"], pickscore=["pickscore/16-epochs"],
+    geneval=["geneval/groups32x8", "geneval/falling-rate"])
 
 
 def headline(task, keys, *paper):
