@@ -337,6 +337,8 @@ def update(policy, config, drawn, advantages, rng):
     """An epoch's optimizer steps, each on an equal part of every group's images -> metrics
 
     drawn, advantages [B]: this process's whole groups. rng is the same on every process.
+
+    PAPER/CODE: the code leaves out images whose advantage is 0. We keep them, for their KL.
     """
     size, K = config.group_size, len(drawn.window)
     orders = [rng.sample(range(size), size) for _ in range(config.groups)]
