@@ -337,7 +337,6 @@ def update(policy, config, drawn, advantages, rng):
     """An epoch's optimizer steps, each on an equal part of every group's images -> metrics
 
     drawn, advantages [B]: this process's whole groups. rng is the same on every process.
-
     PAPER/CODE: the code leaves out images whose advantage is 0. We keep them, for their KL.
     """
     size, K = config.group_size, len(drawn.window)
@@ -806,11 +805,11 @@ MAY_CHANGE = ("name", "resume", "report_to", "epochs", "eval_every", "eval_rewar
 
 
 def learning_rate(config, epoch):
-    """Of an epoch, counted from 1. The paper's is constant. For the toy's text it falls to 0.
+    """Of an epoch, counted from 1. The paper's is constant. The toy's falls, but not for GenEval.
 
-    Most words are soon written right. Then most groups have equal rewards and no advantages, and
-    only the KL's gradient is left. It is small, but Adam rescales what is small. So at a constant
-    rate the model can walk back towards the base.
+    Take text: most words are soon written right. Then most groups have equal rewards and no
+    advantages, and only the KL's gradient is left. It is small, but Adam rescales what is small. So
+    at a constant rate the model can walk back towards the base.
     """
     left = 1 - (epoch - 1) / config.epochs
     return config.learning_rate * (left if config.lr_decay else 1)

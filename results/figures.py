@@ -326,7 +326,7 @@ def evaluations(axes, rows, key, color, text=None):
 
 
 def hacking():
-    """PickScore, 48 epochs at twice the rate: trained score, held-out taste, diversity"""
+    """PickScore, 48 epochs at a high rate: trained score, held-out taste, diversity"""
     keys = {"eval_reward": "trained on: toy_pickscore",
             "eval_reward/toy_taste": "held out: toy_taste", "eval_diversity": "diversity"}
     both = found("pickscore/long-beta0.3", "pickscore/long-beta0")

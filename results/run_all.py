@@ -3,7 +3,7 @@
 A run that has ended becomes one row of runs.jsonl. Names that the file has are skipped, so a
 stopped script goes on where it was. Then `python results/figures.py` draws and fills the tables.
 Runs with a time to report have the machine to themselves. The others go two at a time, with one
-thread each. Everything takes about two hours on 2 cores.
+thread each. Everything takes three to four hours on 2 cores.
 """
 import json
 import os
@@ -102,8 +102,7 @@ RUNS = [
     # what the scenes' defaults were chosen from
     ("dev/geneval/groups16x16", f"{SCENES} --epochs 42", [301, 302]),
     ("dev/geneval/groups32x8", f"{FEW} --epochs 42", [301, 302]),
-    ("dev/geneval/falling", f"{FEW} --learning_rate 2e-3 --lr_decay",
-     [301, 302]),
+    ("dev/geneval/falling", f"{FEW} --learning_rate 2e-3 --lr_decay", [301, 302]),
     ("dev/geneval/beta0.03", f"{FEW} --beta 0.03", [301, 302]),
     ("dev/geneval/beta0.25", f"{FEW} --beta 0.25", [301, 302]),
 ]
