@@ -225,7 +225,8 @@ def noise_decides(prompts=8, size=16, late=5, cell=64):
 
 
 TRIED = dict(
-    ocr=["ocr/8-epochs", "ocr/clip5e-4"], pickscore=["pickscore/16-epochs"],
+    ocr=["groups8x16/ocr/default", "groups8x16/ocr/8-epochs", "groups8x16/ocr/clip5e-4"],
+    pickscore=["pickscore/16-epochs"],
     geneval=["geneval/groups32x8", "geneval/falling-rate"])
 
 
@@ -377,9 +378,9 @@ ABLATIONS = {
     "noise": ("Noise level", {
         "noise0.1": "0.1", "noise0.4": "0.4", "default": "0.7, the default", "noise1.0": "1.0"}),
     "groups": ("Groups x images of each", {
-        "groups4x32": "4 x 32", "default": "8 x 16, the default", "groups21x6": "21 x 6",
-        "different-noise": "8 x 16, different first noise", "std-group": "8 x 16, std of the group"
-        }),
+        "groups4x32": "4 x 32", "groups8x16": "8 x 16", "default": "16 x 8, the default",
+        "groups32x4": "32 x 4", "different-noise": "16 x 8, different first noise",
+        "std-group": "16 x 8, std of the group"}),
     "clip": ("Clipping", {
         "default": "clip range 1e-3, the default", "clip5e-4": "5e-4", "clip3e-4": "3e-4",
         "clip1e-4": "1e-4", "updates1": "1 update", "updates4": "4 updates"}),
