@@ -423,7 +423,7 @@ def test_the_metrics_of_an_evaluation(monkeypatch, tmp_path):
     def rollout(policy, config, *args):
         asked.append(args)
         close(weights(policy), before + 1)
-        return SimpleNamespace(images=grey(255, 0, 255, 255, 51, 102))
+        return SimpleNamespace(images=grey(255, 0, 255, 255, 51, 102)[:len(args[0])])
     monkeypatch.setattr(flow_grpo, "rollout", rollout)
     reward = {"bright": (bright, 1.0), "half": (half, 0.0)}
     test_set = [("a", {"tag": "x"}), ("b", {"tag": "y"}), ("c", {"tag": "x"}), ("d", {})]
@@ -435,6 +435,9 @@ def test_the_metrics_of_an_evaluation(monkeypatch, tmp_path):
         "eval_accuracy": 0.5, "eval_accuracy/x": 0.25, "eval_accuracy/y": 1.0,
         "eval_diversity": (1 + 0 + 0.2) / 3})
     assert (tmp_path / "samples/0012.png").exists() and torch.equal(weights(policy), before)
+    one = replace(config, eval_per_prompt=1)  # of which there is no diversity
+    one = flow_grpo.evaluate(policy, one, reward, test_set, tmp_path, 12)
+    assert "eval_accuracy" in one and "eval_diversity" not in one
 
 
 # ------------------------------------------------------------------------------- diffusers' models
