@@ -225,8 +225,7 @@ def noise_decides(prompts=8, size=16, late=5, cell=64):
 
 
 TRIED = dict(
-    ocr=["groups8x16/ocr/default", "groups8x16/ocr/8-epochs", "groups8x16/ocr/clip5e-4"],
-    pickscore=["pickscore/16-epochs"],
+    ocr=["groups8x16/ocr/default", "groups8x16/ocr/8-epochs"], pickscore=["pickscore/16-epochs"],
     geneval=["geneval/groups32x8", "geneval/falling-rate"])
 
 
