@@ -46,7 +46,7 @@ RUNS = [
     ("base/geneval", f"{GENEVAL} --epochs 0 {ALL}", [0]),
     ("base/pickscore", f"{PICKSCORE} --epochs 0 {ALL}", [0]),
     ("ocr/default", f"{OCR} {ALL}", [*range(5001, 5011), 7, 42, 99, 1234]),
-    ("geneval/default", f"{GENEVAL} {ALL}", range(2001, 2006)),
+    ("geneval/default", f"{GENEVAL} {ALL}", [*range(2001, 2006), 7, 42, 99, 1234]),
     ("pickscore/default", f"{PICKSCORE} {ALL}", range(4001, 4006)),
     ("ocr/film", f"{OCR} --eval_every 1 --eval_prompts 16 --eval_per_prompt 1", [0]),
     ("redness/default", "--reward flow_grpo:redness", [0]),
