@@ -763,7 +763,7 @@ PAPER = dict(
     precision="bf16", epochs=1000, eval_every=30, groups=48, group_size=24, window=0,
     same_noise=False, guidance=4.5, learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04,
     ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
-# Meant for one GPU of 24 GB (an estimate). From verl-omni, pull request 178; adam_eps: UniRL, 407.
+# For one GPU of 24 GB (an estimate). From verl-omni's pull request 178; adam_eps is UniRL's (407).
 FAST = PAPER | dict(
     resolution=384, epochs=100, eval_every=10, groups=8, group_size=8, eval_steps=28, window=3,
     latest_start=2, sde="cps", noise_level=0.8, guidance=1.0, clip_range=1e-5, beta=0.0,
