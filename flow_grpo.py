@@ -781,8 +781,7 @@ PRESETS = {
         max_sequence_length=300, batch_size=4),
     "flux.1-dev": PAPER | dict(  # the official train_flux.py; the paper's appendix has only scores
         model="black-forest-labs/FLUX.1-dev", train_steps=6, eval_steps=28, guidance=3.5,
-        noise_level=0.9, beta=0.0, lora_rank=64, batch_size=4,
-        gradient_checkpointing=True),
+        noise_level=0.9, beta=0.0, lora_rank=64, batch_size=4, gradient_checkpointing=True),
 }
 MAY_BE_0 = "seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts"
 CHOICES = dict(
