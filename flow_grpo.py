@@ -630,13 +630,15 @@ class FluxPolicy(Policy):
     def forward(self, x, t, embeds, pooled):
         pipe, scale = self.pipe, self.pipe.vae_scale_factor
         B, C, H, W = x.shape
+        guidance = torch.full([B], self.config.guidance, device=x.device)
+        if not self.network.config.guidance_embeds:
+            guidance = None  # FLUX.1-schnell has not learned it
         v = self.network(
             hidden_states=pipe._pack_latents(x, B, C, H, W),  # [B, H/2 * W/2, 4C]
             img_ids=pipe._prepare_latent_image_ids(B, H // 2, W // 2, x.device, embeds.dtype),
             txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
-            guidance=torch.full([B], self.config.guidance, device=x.device),
-            timestep=t, encoder_hidden_states=embeds, pooled_projections=pooled,
-            return_dict=False)[0]
+            guidance=guidance, timestep=t, encoder_hidden_states=embeds,
+            pooled_projections=pooled, return_dict=False)[0]
         return pipe._unpack_latents(v, H * scale, W * scale, scale)
 
     def encode_batch(self, prompts, **options):

@@ -456,7 +456,7 @@ def stock_image(pipe, prompt, seed, **options):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("family", ["toy", "sd3", "flux", "sana"])
+@pytest.mark.parametrize("family", ["toy", "sd3", "flux", "flux-schnell", "sana"])
 def test_a_rollout_without_noise_is_the_stock_pipelines_image(tmp_path, family, guidance):
     pipe = tiny.pipeline(family)
     pipe.save_pretrained(tmp_path)

@@ -46,7 +46,7 @@ def pipeline(family):
         norm_num_groups=4, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
         use_post_quant_conv=False)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler
-    if family == "flux":
+    if family in ("flux", "flux-schnell"):
         clip, tokenizer, t5, t5_tokenizer = text_encoders(32)
         return diffusers.FluxPipeline(
             vae=vae, scheduler=scheduler(shift=3.0, use_dynamic_shifting=True),
@@ -55,7 +55,7 @@ def pipeline(family):
             transformer=diffusers.FluxTransformer2DModel(
                 in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
                 num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
-                guidance_embeds=True, axes_dims_rope=(4, 6, 6)))
+                guidance_embeds=family == "flux", axes_dims_rope=(4, 6, 6)))
     if family == "sana":
         return sana()
     clip, tokenizer, t5, t5_tokenizer = text_encoders(64)
