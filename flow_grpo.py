@@ -17,7 +17,7 @@ Symbols
   x          latents at time t: x = (1-t) data + t noise
   v          velocity, v = noise - data: what the network predicts
   sigma      noise_level * sqrt(t/(1-t)): how much noise the SDE adds. noise_level is the paper's a
-  mean, std  of the Gaussian step. std = sigma * sqrt(t-s)
+  mean, std  of the Gaussian step
   T, K       how many steps a drawing has, and how many of them are SDE steps
   B          how many images a tensor has. Square brackets are shapes: [B, ...]
 
@@ -76,7 +76,7 @@ import rewards
 #     x_next = (1-s) * data + keep * noise + std * fresh_noise
 #
 #     ODE        std = 0, keep = s                  the Euler step x + v * (s-t)
-#     flow SDE   keep = s - std^2 / (2t)            equation 9
+#     flow SDE   keep = s - std^2 / (2t)            equation 9, std = sigma * sqrt(t-s)
 #     CPS        keep = sqrt(s^2 - std^2)           arXiv 2509.05952, std = s * sin(a * pi/2)
 #
 # The distribution of all images at one time is called the marginal. Why does the SDE leave it as it
@@ -731,7 +731,7 @@ class Config:
     eval_every: int = 3                # epochs between evaluations
     # sampling
     groups: int = 16                   # prompts an epoch; more: a gradient with less noise
-    group_size: int = 8                # of each; with 6 and 12 the paper's PickScore collapsed
+    group_size: int = 8                # images of each prompt; in the paper 6 and 12 collapsed
     train_steps: int = 10              # T of training: enough to tell good from bad
     eval_steps: int = 40               # T of the evaluation
     noise_level: float = 0.7           # a: too little explores nothing, too much spoils the images

@@ -381,7 +381,7 @@ ABLATIONS = {
         "groups32x4": "32 x 4", "different-noise": "16 x 8, different first noise",
         "std-group": "16 x 8, std of the group"}),
     "clip": ("Clipping", {
-        "default": "clip range 1e-3, the default", "clip5e-4": "5e-4", "clip3e-4": "3e-4",
+        "default": "clip range 1e-3, the default", "clip5e-4": "5e-4",
         "clip1e-4": "1e-4", "updates1": "1 update", "updates4": "4 updates"}),
     "beta": ("KL and rate", {
         "beta0": "beta 0", "default": "beta 0.5, the default", "beta1": "beta 1",

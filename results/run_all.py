@@ -69,7 +69,7 @@ RUNS = [
     ("time/T40", f"{DEV} --train_steps 40 --window 4 --epochs 4", [0]),
     ("time/T10", f"{DEV} --epochs 4", [0]),
     ("time/T5", f"{DEV} --train_steps 5 --epochs 4", [0]),
-    ("time/T40-window0", f"{DEV} --train_steps 40 --window 0 --epochs 3", [0]),
+    ("time/T40-window0", f"{DEV} --train_steps 40 --window 0 --epochs 4", [0]),
     ("time/T10-window0", f"{DEV} --window 0 --epochs 4", [0]),
     ("time/ocr", "--reward ocr", [0]),
     ("time/geneval", "--reward geneval", [0]),
