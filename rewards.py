@@ -14,7 +14,6 @@ import functools
 import importlib.util
 import math
 import os
-import re
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -305,51 +304,6 @@ def clip_embeddings(clip, images, texts):
     return [e / e.norm(dim=-1, keepdim=True) for e in (out.image_embeds, out.text_embeds)]
 
 
-# ------------------------------------------------------------------------------ a model's judgement
-
-QUESTION = ("This image was generated for the caption: {prompt}\n"
-            "How well does it show what the caption says, and how good does it look? "
-            "Answer with one digit from 1 (bad) to 5 (excellent) and nothing else.")
-
-
-def vlm(name="Qwen/Qwen2.5-VL-3B-Instruct"):
-    """The rating by Qwen2.5-VL (7.5 GB) of the image for its prompt: 1 to 5, as 0.2 to 1."""
-    from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    load = functools.partial(Qwen2_5_VLForConditionalGeneration.from_pretrained, dtype=dtype)
-    model = on_device(from_hub(load, name, "7.5 GB"))
-    # AutoProcessor would hold both, but its part for videos needs torchvision.
-    prepare = from_hub(AutoImageProcessor.from_pretrained, name, "7.5 GB")
-    tokenizer = from_hub(AutoTokenizer.from_pretrained, name, "7.5 GB")
-    tokenizer.padding_side = "left"  # so that all answers of a batch begin at the same place
-    place = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
-    def ask(images, prompts):
-        pictures = prepare([image.convert("RGB") for image in images], return_tensors="pt")
-        texts = []
-        for prompt, patches in zip(prompts, pictures["image_grid_thw"].prod(1).tolist()):
-            question = {"type": "text", "text": QUESTION.format(prompt=prompt)}
-            chat = [{"role": "user", "content": [{"type": "image"}, question]}]
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-            texts.append(text.replace(place, place * (patches // prepare.merge_size**2), 1))
-        inputs = {**tokenizer(texts, padding=True, return_tensors="pt"), **pictures}
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
-        inputs = {key: value.to(model.device) for key, value in inputs.items()}
-        with torch.no_grad():
-            tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False)
-        tokens = tokens[:, inputs["input_ids"].shape[1]:]
-        answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [rating(answer, prompt) for answer, prompt in zip(answers, prompts)]
-    return batched(ask, size=8)
-
-
-def rating(answer, prompt):
-    """"4" -> 0.8. Nothing is guessed from an answer that says more."""
-    match = re.fullmatch(r"\s*([1-5])\.?\s*", answer)
-    if not match:
-        raise RewardError(f"the model answered {answer!r} for {prompt!r}, not a digit from 1 to 5")
-    return int(match[1]) / 5
-
-
 # ----------------------------------------------------------------- models from the Hugging Face hub
 
 
@@ -384,12 +338,12 @@ def on_device(model):
     return model.to(device).eval().requires_grad_(False)
 
 
-def batched(rate, size=32):
-    """A reward that rates so many images and prompts at a time."""
+def batched(rate):
+    """A reward that rates 32 images and prompts at a time."""
     def reward(images, prompts, metadata):
         scores = []
-        for i in range(0, len(images), size):
-            scores += rate(images[i:i + size], prompts[i:i + size])
+        for i in range(0, len(images), 32):
+            scores += rate(images[i:i + 32], prompts[i:i + 32])
         return scores
     return reward
 
@@ -405,7 +359,7 @@ def of_the_toy(name):
 REWARDS = dict(
     ocr=ocr, geneval=of_the_toy("geneval"), geneval_photo=geneval_photo,
     pickscore=pickscore, pickscore_unscaled=pickscore_unscaled, clipscore=clipscore,
-    aesthetic=aesthetic, vlm=vlm, toy_pickscore=toy_pickscore, toy_taste=of_the_toy("toy_taste"),
+    aesthetic=aesthetic, toy_pickscore=toy_pickscore, toy_taste=of_the_toy("toy_taste"),
     toy_sign=of_the_toy("toy_sign"), toy_inks=of_the_toy("toy_inks"))
 
 

@@ -1,6 +1,5 @@
 """Random models of the real classes, for the tests: pipelines of SD3.5-Medium, FLUX.1-dev and
-SANA, and CLIP, Mask2Former and Qwen2.5-VL for rewards. Each has a few thousand weights and knows
-nothing.
+SANA, and CLIP and Mask2Former for rewards. Each has a few thousand weights and knows nothing.
 """
 from pathlib import Path
 
@@ -128,43 +127,3 @@ def detector(folder, labels):
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
     size = {"shortest_edge": 64, "longest_edge": 64}
     Mask2FormerImageProcessor(size=size).save_pretrained(folder)
-
-
-def vlm(folder):
-    """A Qwen2.5-VL that spells and must answer with one digit, into a folder -> it, its tokens"""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-                              Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
-               "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    ids = {token: i for i, token in enumerate([*map(chr, range(32, 127)), "\n", *special])}
-    letters = Tokenizer(models.WordLevel(ids, unk_token=" "))
-    letters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=letters, pad_token="<|endoftext|>", eos_token="<|im_end|>",
-        additional_special_tokens=special[1:])
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{m.role}}\n{% for c in m.content %}"
-        "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-        "{% else %}{{c.text}}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-        "<|im_start|>assistant{{'\n'}}")
-    torch.manual_seed(3)
-    text = dict(vocab_size=len(ids), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-                num_attention_heads=2, num_key_value_heads=1, bos_token_id=None,
-                eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
-                rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3]))
-    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=32,
-                  fullatt_block_indexes=[0], window_size=56)
-    tokens = {f"{name}_token_id": ids[f"<|{name}|>"] for name in ("vision_start", "vision_end")}
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"], **tokens))
-    for p in model.parameters():
-        p.data *= 6 if p.ndim > 1 else 1  # so that images and prompts make a difference
-    not_digits = [i for token, i in ids.items() if token not in "12345"]
-    model.generation_config.begin_suppress_tokens = not_digits
-    model.generation_config.forced_eos_token_id = ids["<|im_end|>"]
-    pictures = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=112 * 112)
-    for part in (model, tokenizer, pictures):
-        part.save_pretrained(folder)
-    return model.eval(), ids
