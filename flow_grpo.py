@@ -1,35 +1,33 @@
 """Flow-GRPO in one file: reinforcement learning for flow-matching image models (arXiv 2505.05470).
 
 A flow-matching model turns noise into an image by following an ordinary differential equation, an
-ODE. After the first noise, nothing is random any more. So there is no action whose probability
-reinforcement learning could raise. Flow-GRPO adds randomness, learns from it, and takes it away:
+ODE. After the first noise nothing is random. So there is no action whose probability reinforcement
+learning could raise. Flow-GRPO adds randomness, learns from it, and takes it away:
 
-  sde_step          Each step drops some of the old noise and adds fresh noise. The images are as
-                    likely as before, but a step is now a Gaussian with a known density: a policy.
+  sde_step          Each step drops some old noise and adds fresh noise. The images are as likely as
+                    before, but a step is now a Gaussian with a known density: a policy.
   rollout           The policy draws a group of images for each prompt, in few steps.
-  group_advantages  A reward rates every image. Was it better than the others of its group?
-  update            Better images are made likelier, worse ones less likely. Clipping keeps an
-                    update small. A penalty, the KL divergence, holds the model near its start.
-  evaluate          The images that count are drawn by the ODE again, in more steps.
+  group_advantages  A reward scores every image. Is it better than the others of its group?
+  update            Better images become likelier, worse ones less likely. Clipping keeps an update
+                    small. A penalty, the KL divergence, holds the model near its start.
+  evaluate          The ODE draws again, in more steps. These images count.
 
 Symbols
-  t, s       time: 1 is noise, 0 is data. A step goes from t down to s. (diffusers says `sigmas`.)
-  x          latents at time t: x = (1-t) data + t noise
-  v          velocity, v = noise - data: what the network predicts
-  sigma      noise_level * sqrt(t/(1-t)): how much noise the SDE adds. noise_level is the paper's a
-  mean, std  of the Gaussian step
-  T, K       how many steps a drawing has, and how many of them are SDE steps
-  B          how many images a tensor has. Square brackets are shapes: [B, ...]
+  t, s   time: 1 is noise, 0 is data. A step goes from t down to s. (diffusers says `sigmas`.)
+  x      latents at time t: x = (1-t) data + t noise
+  v      velocity, v = noise - data: what the network predicts
+  sigma  noise_level * sqrt(t/(1-t)): how much noise the SDE adds. noise_level is the paper's a
+  T, K   how many steps a drawing has, and how many of them are SDE steps
+  B      how many images a tensor has. Square brackets are shapes: [B, ...]
 
-The paper and its official code (github.com/yifan123/flow_grpo) do not always agree. We follow the
-code, because the published learning rate, clip range and beta were made for it. PAPER/CODE marks
-each such place. Chapters 1 to 4 are the method, 5 drives diffusers' models, 6 to 8 are options,
-files and pictures. my_part and gather_object share the work of GPUs; on one they do nothing.
+PAPER/CODE marks where the paper and its official code (github.com/yifan123/flow_grpo) differ. We
+follow the code: the published learning rate, clip range and beta were made for it. Chapters 1 to 4
+are the method, 5 drives diffusers' models, 6 to 8 are options, files and pictures.
 
-  python flow_grpo.py --reward ocr                    # teach the embedded toy to write
-  python flow_grpo.py --reward flow_grpo:redness      # your own reward is a function
-  python flow_grpo.py --preset sd3.5-medium --dataset FOLDER               # on a GPU
-  accelerate launch flow_grpo.py --preset sd3.5-medium --dataset FOLDER    # on all GPUs
+  python flow_grpo.py --reward ocr                           # teach the embedded toy to write
+  python flow_grpo.py --reward flow_grpo:redness             # your own reward is a function
+  python flow_grpo.py --preset sd3.5-medium-fast --dataset FOLDER           # on a GPU
+  accelerate launch flow_grpo.py --preset sd3.5-medium --dataset FOLDER     # on all GPUs
 """
 import argparse
 import inspect
@@ -63,30 +61,27 @@ from tqdm import tqdm
 import rewards
 
 # ------------------------------------------------------------------------------ 1. the mathematics
-# Pure functions. They compute in float32, whatever the network does: a ratio is the exponential of
-# a tiny difference of log-probabilities, and half precision would leave nothing of it.
+# Pure functions, in float32 whatever the network computes in: a ratio is the exponential of a tiny
+# difference of log-probabilities, and half precision would leave nothing of it.
 #
-# x and v together know the data and the noise. As x = (1-t) * data + t * noise = data + t * v,
-#
+# x and v tell us data and noise, as x = (1-t) * data + t * noise = data + t * v:
 #     data = x - t * v,   noise = x + (1-t) * v
 #
-# With the network's v, these are its best guesses. A step takes x apart and mixes it anew for the
-# time s:
-#
+# With the network's v, these are its best guesses. A step mixes them anew for the time s:
 #     x_next = (1-s) * data + keep * noise + std * fresh_noise
 #
-#     ODE        std = 0, keep = s                  the Euler step x + v * (s-t)
-#     flow SDE   keep = s - std^2 / (2t)            equation 9, std = sigma * sqrt(t-s)
-#     CPS        keep = sqrt(s^2 - std^2)           arXiv 2509.05952, std = s * sin(a * pi/2)
+#     ODE, a = 0   std = 0                  keep = s                  the Euler step x + v * (s-t)
+#     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9
+#     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# The distribution of all images at one time is called the marginal. Why does the SDE leave it as it
-# is? Fresh noise adds std^2 to the variance of x. Dropping a small part d of the old noise takes
-# 2 * d * t away, as t is the covariance of x and noise, real or guessed. Both are equal for
-# d = std^2 / (2t): equation 9. (The paper's appendix A proves it for the whole distribution.)
+# The marginal is the distribution of all images at one time. Why does the SDE keep it? Fresh noise
+# adds std^2 to the variance of x. Dropping a small part d of the old noise takes 2 * d * t away, as
+# t is the covariance of x and noise, real or guessed. Both are equal for d = std^2 / (2t), which is
+# equation 9. (The paper's appendix A proves it for the whole distribution.)
 #
-# This holds for small steps. CPS is made for large ones. Two independent noises of sizes keep and
-# std are like one of size s, as long as keep^2 + std^2 = s^2. So the image never holds more noise
-# than the network expects. (It may hold less: the old noise is a guess, and a guess is smaller.)
+# This holds for small steps. CPS is made for large ones. Independent noises of sizes keep and std
+# are like one of size s if keep^2 + std^2 = s^2. So there is never more noise than the network
+# expects. (There may be less: the old noise is a guess, and a guess is smaller.)
 
 
 class Steps(NamedTuple):
@@ -109,19 +104,17 @@ def sde_steps(times, noise_level, sde="flow"):
     to 0 at t = 0, where there is hardly any old noise to drop, and fresh noise would stay visible.
     """
     t, s = times[:-1], times[1:]
-    if sde == "flow":
-        # At t = 1 sigma would be infinite. The official code divides by 1-s there. So the first std
-        # is noise_level, for any step size. That step keeps the marginal roughly.
-        below_one = torch.where(t == 1, s[0], t)
-        sigma = noise_level * torch.sqrt(t / (1 - below_one))
-        std = sigma * torch.sqrt(t - s)
-        keep = s - std**2 / (2 * t)
-        kl_std = sigma
-    else:
+    if sde == "cps":
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
-        kl_std = std
-    return Steps(t, s, keep, std, kl_std)
+        return Steps(t, s, keep, std, kl_std=std)
+    # At t = 1 sigma would be infinite. The official code divides by 1-s there. So the first std is
+    # noise_level, for any step size. That step keeps the marginal roughly.
+    below_one = torch.where(t == 1, s[0], t)
+    sigma = noise_level * torch.sqrt(t / (1 - below_one))
+    std = sigma * torch.sqrt(t - s)
+    keep = s - std**2 / (2 * t)
+    return Steps(t, s, keep, std, kl_std=sigma)
 
 
 def sde_mean(x, v, step):
@@ -141,12 +134,11 @@ def sde_mean(x, v, step):
 def sde_step(x, v, step, noise=None, x_next=None):
     """One step of the policy -> x_next [B, C, H, W], its log_prob [B], the mean [B, C, H, W]
 
-    Draws x_next with the given standard normal noise. Or rates a given x_next: old and new
-    log-probabilities come from the same lines.
-
-    As x_next = mean + std * noise, the gradient of log-density by the mean is noise/std. It points
-    to the noise that this image happened to draw. If the image was good, the mean moves there. If
-    it was bad, the mean moves away. So the model learns to do by itself what helped by chance.
+    Draws x_next = mean + std * noise with standard normal noise, or rates a given x_next. So old
+    and new log-probabilities come from the same lines. The gradient of log_density by the mean is
+    noise/std. It points to the noise that this image happened to draw. If the image was good, the
+    mean moves there. If it was bad, the mean moves away. So the model learns to do by itself what
+    helped by chance.
     """
     mean = sde_mean(x, v, step)
     if x_next is None:
@@ -154,13 +146,12 @@ def sde_step(x, v, step, noise=None, x_next=None):
     distance = (x_next - mean) / step.std
     normalizer = torch.log(step.std) + math.log(2 * math.pi) / 2
     log_density = -(distance**2) / 2 - normalizer
-    # PAPER/CODE: a log-density is a sum over all D dimensions; the code averages. So the ratio of
-    # two densities becomes its D-th root. The root is no importance weight. But at ratio 1 its
-    # gradient has the same direction, and it still tells how far the policy has moved, which is all
-    # that clipping needs. With D = 10^5, a root of 1.001 is a true ratio of e^100. So roots stay
-    # near 1, and real models need clip ranges of 1e-4 or less. (For CPS the code also leaves out
-    # 1 / (2 * std^2), which is about 1 in the first steps. We keep it. In the last steps it is
-    # huge: CPS wants an early window.)
+    # PAPER/CODE: a log-density is a sum over all D dimensions; the code averages. So the ratio
+    # becomes its D-th root. The root is no importance weight. But at ratio 1 its gradient has the
+    # same direction, and it still tells how far the policy has moved: clipping needs no more. With
+    # D = 10^5, a root of 1.001 is a true ratio of e^100. So roots stay near 1, and real models need
+    # clip ranges of 1e-4 or less. (For CPS the code also leaves out 1 / (2 * std^2), about 1 in the
+    # first steps. We keep it. In the last steps it is huge: CPS wants an early window.)
     log_prob = log_density.flatten(1).mean(1)
     return x_next, log_prob, mean
 
@@ -169,11 +160,11 @@ def gaussian_kl(mean, mean_ref, kl_std):
     """KL between two steps that differ in their means only. [B, C, H, W] -> [B]
 
     A reward is only a stand-in for what we want. Far from the base model there are images that it
-    likes and nobody else does: reward hacking. This makes distance cost something.
+    likes and nobody else does: reward hacking. The KL makes that distance cost something.
 
     PAPER/CODE: the paper divides by the variance, sigma^2 (t-s). The code leaves (t-s) out, and
-    averages over the dimensions. That only weighs the steps otherwise and changes the scale of
-    beta: the published 0.04 belongs to the code's form. (With (t-s) the authors used 0.004.)
+    averages over the dimensions. That only changes the weights of the steps and the scale of beta:
+    the published 0.04 belongs to the code's form. (With (t-s) the authors used 0.004.)
     """
     squared = (mean - mean_ref) ** 2
     kl = squared / (2 * kl_std**2)
@@ -190,10 +181,8 @@ def group_advantages(scores, std_over="batch"):
     a group of nearly equal rewards is not blown up. 1e-4 and the clamp are from the code, too.
     """
     scores = scores.float().double()  # float32 numbers add up exactly in float64: equal gives 0
-    if std_over == "batch":
-        std = scores.std(unbiased=False)
-    else:
-        std = scores.std(1, unbiased=False, keepdim=True)
+    dims = (0, 1) if std_over == "batch" else 1
+    std = scores.std(dims, unbiased=False, keepdim=True)
     better = scores - scores.mean(1, keepdim=True)
     advantages = better / (std + 1e-4)
     return advantages.clamp(-5, 5).float()
@@ -202,16 +191,15 @@ def group_advantages(scores, std_over="batch"):
 def clipped_loss(ratio, advantages, clip_range):
     """The policy's part of equation 5, to be minimised. All are [B].
 
-    ratio: how much likelier than at the time of drawing. In an epoch's first update it is 1, and
-    the gradient is that of log_prob * advantage: a plain policy gradient. From the second update on
-    the images come from an older policy. They say little about a policy that is far from it.
-    Clipping keeps the new one near. Where the ratio has already left the clip range on the side
-    that its advantage wants, min picks the constant: no gradient, this sample is done. On the other
-    side nothing is clipped, so that a mistake can be undone.
+    ratio: how much likelier a step is than when it was drawn. In an epoch's first update it is 1,
+    and the gradient is that of log_prob * advantage: a plain policy gradient. Later updates use
+    images of an older policy, which say little about a policy far from it. Clipping keeps the new
+    one near. Once the ratio has left the clip range on the side that its advantage wants, min picks
+    the constant: no gradient. On the other side nothing is clipped, so a mistake can be undone.
 
-    (An averaged log-ratio is about minus the KL, with little spread. So ratios above 1 are seldom
-    clipped. GRPO-Guard, arXiv 2510.22319, centres them. Flow-DPPO, 2606.11025, masks by the exact
-    KL between the old and the new Gaussian instead.)
+    (An averaged log-ratio is close to minus the KL of old and new policy. So ratios above 1 are
+    seldom clipped. GRPO-Guard, arXiv 2510.22319, centres the ratios. Flow-DPPO, 2606.11025, masks
+    by that KL instead.)
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = torch.min(ratio * advantages, clipped * advantages)
@@ -221,27 +209,21 @@ def clipped_loss(ratio, advantages, clip_range):
 # -------------------------------------------------------------------------------------- 2. rollout
 # In the words of reinforcement learning: a state is (prompt, t, x), an action is x_next, an episode
 # is one drawing from noise to image. The reward comes once, at the end. Nobody knows which of the
-# steps deserves it, so each step of an image gets the image's advantage.
+# steps deserves it, so each step of an image gets the image's advantage. (Later methods,
+# DiffusionNFT and AWM, need no SDE: they add noise to finished images and train on those.)
 #
-# (Later methods, DiffusionNFT and AWM, need no SDE: they add noise to finished images and train on
-# them by their reward. 2 to 25 times less work is reported.)
-#
-# What we call a policy here is the class Policy of chapter 5, with these methods and fields:
-#
+# A policy here is the class Policy of chapter 5. Besides decode(x) and optimize() it has
 #     encode(prompts)            the condition, tensors [B, ...]: what the network is told
 #     velocity(x, t, condition)  the network's v [B, C, H, W]
 #     time_grid(T)               times [T+1]. SD3.5, T = 10: 1, 0.96, 0.91, ... 0.46, 0.28, 0.01, 0
-#     decode(x)                  latents -> B images
 #     reference(), averaged()    contexts with other weights: the base model's, the moving average
-#     optimize()                 one step of AdamW with the gradients that are there
-#     latent_shape, device       (C, H, W), and where they live
 
 
 @dataclass
 class Rollout:
     images: list            # B PIL images, group after group
     prompts: list           # B texts
-    condition: list         # the encoded prompts, what the network is told: tensors [B, ...]
+    condition: list         # the encoded prompts: tensors [B, ...]
     steps: Steps            # all T
     window: range           # the K of them that are SDE steps
     latents: torch.Tensor   # [B, K+1, C, H, W] before the first SDE step and after each
@@ -251,11 +233,10 @@ class Rollout:
 def choose_window(config, rng):
     """Which steps are SDE steps. Only these are trained.
 
-    PAPER/CODE: the paper trains all steps. The code leaves out the last, and so do we. Before its
-    last step the grid of SD3 and the toy is at 0.009 or 0.001: no reward sees noise that small. The
-    grid of FLUX is at 0.27 there (T = 6): such noise would stay in the image. With CPS the last std
-    is 0. (The official train_sd3.py still adds this noise, untrained. Its train_sd3_fast.py ends by
-    the ODE, and so do we.)
+    PAPER/CODE: the paper trains all steps. The code leaves out the last, and so do we. With SD3 and
+    the toy that step begins at t = 0.009 or 0.001: no reward sees noise that small. With FLUX it
+    begins at 0.27 (T = 6): such noise would stay in the image. With CPS its std is 0. (The official
+    train_sd3.py still adds this noise, untrained. train_sd3_fast.py ends by the ODE; so do we.)
 
     A short window, the authors' later Flow-GRPO-Fast, is enough: the first, noisy steps decide what
     an image shows, so noise there makes the rewards of a group differ most. It saves work in the
@@ -274,10 +255,7 @@ def normal(policy, generators):
 
 
 def draw(policy, x, prompts, condition, steps, window, generators):
-    """From the first noise x [B, C, H, W] to images: SDE steps in the window, ODE steps elsewhere.
-
-    Gives the final x and, of the SDE steps, latents and log_prob as in Rollout.
-    """
+    """The first noise x [B, C, H, W] -> the final x, and latents and log_prob as in Rollout"""
     latents = x.new_empty(len(x), len(window) + 1, *policy.latent_shape)
     log_prob = x.new_empty(len(x), len(window))
     for i in range(len(steps.t)):
@@ -290,16 +268,14 @@ def draw(policy, x, prompts, condition, steps, window, generators):
             x, log_prob[:, k], _ = sde_step(x, v, step, noise)
             latents[:, k + 1] = x
         else:
-            x = x + v * (step.s - step.t)
+            x = x + v * (step.s - step.t)  # the ODE
         check_finite(x, prompts, f"the latents after step {i}")
     return x, latents, log_prob
 
 
 @torch.no_grad()
 def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
-    """An image for each prompt and seed in T steps, in micro-batches -> Rollout
-
-    alike: how many images in a row start from the same noise
+    """An image for each prompt and seed in T steps -> Rollout
 
     Denoising reduction: training draws with T = 10. Such images are worse than those of 40 steps.
     But an advantage only compares images that were drawn alike, and for that they are good enough.
@@ -310,29 +286,25 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
     condition = policy.encode(prompts)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = normal(policy, generators)
-    noise = noise[::alike].repeat_interleave(alike, 0)
-    images, latents, log_probs = [], [], []
+    noise = noise[::alike].repeat_interleave(alike, 0)  # `alike` images in a row start the same
+    images, paths = [], []
     starts = range(0, len(seeds), config.batch_size)
     for start in progress(starts, "sampling"):
         micro = slice(start, start + config.batch_size)
         own_condition = [c[micro] for c in condition]
-        x, path, log_prob = draw(
+        x, *path = draw(
             policy, noise[micro], prompts[micro], own_condition, steps, window, generators[micro])
         images += policy.decode(x)
-        latents.append(path)
-        log_probs.append(log_prob)
-    latents = torch.cat(latents)
-    log_prob = torch.cat(log_probs)
+        paths.append(path)
+    latents, log_prob = [torch.cat(parts) for parts in zip(*paths)]
     return Rollout(images, prompts, condition, steps, window, latents, log_prob)
 
 
 # --------------------------------------------------------------------------------------- 3. update
-
-
 def update(policy, config, drawn, advantages, rng):
     """An epoch's optimizer steps, each on an equal part of every group's images -> metrics
 
-    drawn, advantages [B]: this process's whole groups. rng is the same on every process.
+    drawn, advantages [B]: this process's groups, my_part of all. rng is the same on every process.
     PAPER/CODE: the code leaves out images whose advantage is 0. We keep them, for their KL.
     """
     size, K = config.group_size, len(drawn.window)
@@ -383,14 +355,11 @@ def check_ratio(ratio, clip_range):
     off = (ratio - 1).abs().max().item()
     if off > min(1e-4, max(clip_range / 2, 1e-5)):  # that much may be rounding
         stop(f"the ratio is off by {off:.2g} before the first update, where it must be 1: sampling "
-             "and training do not compute the same log-probability (guidance, dropout, a changed "
-             "rollout, or, with bf16, micro-batches of several sizes: let --batch_size divide the "
-             "images)")
+             "and training differ (guidance, dropout, a changed rollout, or, with bf16, "
+             "micro-batches of several sizes: let --batch_size divide the images)")
 
 
 # ------------------------------------------------------------------------------------- 4. training
-
-
 def redness(images, prompts, metadata):
     """A reward in three lines: how much more red than green or blue. Yours can be as simple."""
     pixels = [np.asarray(image, float) / 255 for image in images]
@@ -404,8 +373,7 @@ def train_epoch(policy, config, reward, train_set, epoch):
     groups, size = config.groups, config.group_size
     repeats = math.ceil(groups / len(train_set))  # above 1 for a dataset smaller than an epoch
     chosen = rng.sample(train_set * repeats, groups)
-    repeated = [row for row in chosen for _ in range(size)]
-    samples = [(*row, rng.getrandbits(60)) for row in repeated]  # with a seed for each image
+    samples = [(*row, rng.getrandbits(60)) for row in chosen for _ in range(size)]  # with seeds
     window = choose_window(config, rng)
 
     prompts, metadata, seeds = zip(*my_part(samples))
@@ -428,12 +396,10 @@ def train_epoch(policy, config, reward, train_set, epoch):
 def evaluate(policy, config, reward, test_set, folder, epoch):
     """Draw the test prompts by the ODE, from the same seeds every time -> metrics
 
-    Noise was needed to learn, not to draw. SDE and ODE follow the same v and have the same
-    marginals, so what makes the SDE's images better makes the ODE's better. This is exact only for
-    a perfect v and small steps: the evaluation shows how far it holds.
-
-    The weights are a moving average: single updates wander, their average less so. Accuracy is the
-    share of images whose first reward is 1, the most that OCR and GenEval give.
+    SDE and ODE follow the same v and have the same marginals. So what makes the SDE's images better
+    makes the ODE's better. This is exact only for a perfect v and small steps: here we see how far
+    it holds. The weights are a moving average: single updates wander, their average less so.
+    Accuracy is the share of images whose first reward is 1, the most that OCR and GenEval give.
     """
     n = config.eval_per_prompt
     test_set = test_set[:config.eval_prompts or None]
