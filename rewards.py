@@ -51,18 +51,15 @@ def ocr():
                "Rec.rec_img_shape": [3, 48, 160]}
     engines = [RapidOCR(params=options) for _ in range(cores)]
 
-    def read(image):
-        bgr = np.asarray(image.convert("RGB"))[..., ::-1]
+    def rate(image, prompt):
         engine = engines.pop()  # there are as many as threads: one is free
-        lines = engine(np.ascontiguousarray(bgr), use_cls=False).txts  # no line is upside down
+        lines = engine(image.convert("RGB"), use_cls=False).txts  # no line is upside down
         engines.append(engine)
-        return "".join(lines or ())
+        return text_score("".join(lines or ()), quoted(prompt), Levenshtein.distance)
 
     def reward(images, prompts, metadata):
-        targets = [quoted(prompt) for prompt in prompts]
         with ThreadPoolExecutor(cores) as pool:
-            texts = list(pool.map(read, images))
-        return [text_score(*pair, Levenshtein.distance) for pair in zip(texts, targets)]
+            return list(pool.map(rate, images, prompts))
     reward.check = lambda prompts, metadata: [quoted(prompt) for prompt in prompts]
     return reward
 
