@@ -185,13 +185,13 @@ def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name
     are not compressed to JPEG first, and CLIP is OpenAI's, not open_clip's copy of it.
     """
     detect = load_detector(detector)
-    clip = load_clip(name, name, "1.7 GB")
+    _, embed = load_clip(name, name, "1.7 GB")
     def judge(image, row):
         found = detect(image, threshold=0.9 if row.get("tag") == "counting" else 0.3)
         colored = [asked["class"] for asked in row["include"] if "color" in asked]
         for thing in found:
             if thing["class"] in colored:  # only then, as it takes a pass through CLIP
-                thing["color"] = name_color(clip, image, thing)
+                thing["color"] = name_color(embed, image, thing)
         return geneval_score(found, row)
     return scene_reward(judge, PHOTO_CLASSES, PHOTO_COLORS)
 
@@ -222,13 +222,13 @@ def load_detector(name):
     return detect
 
 
-def name_color(clip, image, thing):
+def name_color(embed, image, thing):
     """The one of PHOTO_COLORS that CLIP sees in an object."""
     grey = Image.new("RGB", image.size, (153, 153, 153))
     alone = Image.composite(image.convert("RGB"), grey, thing["mask"]).crop(thing["box"])
     phrases = [phrase.format(color, thing["class"]) for color in PHOTO_COLORS for phrase in
                ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")]
-    picture, texts = clip_embeddings(clip, [alone], phrases)  # [1, D], [30, D]
+    picture, texts = embed([alone], phrases)  # [1, D], [30, D]
     means = torch.nn.functional.normalize(texts.view(len(PHOTO_COLORS), 3, -1).mean(1), dim=-1)
     return PHOTO_COLORS[int((means @ picture[0]).argmax())]
 
@@ -243,8 +243,8 @@ def pickscore(scale=1 / 26, name="yuvalkirstain/PickScore_v1",
     Model: PickScore_v1, a CLIP ViT-H/14 (arXiv 2305.01569, 3.9 GB). The official training divides
     by 26, the paper's tables do not (SD3.5-Medium: 21.72): that is `pickscore_unscaled`.
     """
-    clip = load_clip(name, processor, "3.9 GB")
-    return cosine_reward(clip, scale * clip[0].logit_scale.exp().item())
+    model, embed = load_clip(name, processor, "3.9 GB")
+    return cosine_reward(embed, scale * model.logit_scale.exp().item())
 
 
 pickscore_unscaled = functools.partial(pickscore, scale=1)
@@ -253,7 +253,8 @@ toy_pickscore = functools.partial(pickscore, name=f"{TOY}/pickscore", processor=
 
 def clipscore(name=CLIP):
     """Alignment: 100 x the cosine of image and prompt. Model: CLIP ViT-L/14 (1.7 GB)."""
-    return cosine_reward(load_clip(name, name, "1.7 GB"), 100)
+    _, embed = load_clip(name, name, "1.7 GB")
+    return cosine_reward(embed, 100)
 
 
 def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
@@ -262,43 +263,47 @@ def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
     The layers are LAION's sac+logos+ava1-l14-linearMSE, 4 MB, from
     github.com/christophschuhmann/improved-aesthetic-predictor.
     """
-    clip = load_clip(name, name, "1.7 GB")
+    model, embed = load_clip(name, name, "1.7 GB")
     fetch = functools.partial(huggingface_hub.hf_hub_download, filename="aesthetic-model.pth")
     path = head if os.path.exists(head) else from_hub(fetch, head, "4 MB")
-    state = torch.load(path, map_location=clip[0].device, weights_only=True)
+    state = torch.load(path, map_location=model.device, weights_only=True)
     layers = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
-    def rate(images, prompts):
-        x, _ = clip_embeddings(clip, images, prompts)
+    def reward(images, prompts, metadata):
+        x, _ = embed(images, prompts)
         for layer in layers:  # between them were only dropouts
             x = torch.nn.functional.linear(x, state[f"{layer}.weight"], state[f"{layer}.bias"])
         return x[:, 0].tolist()
-    return batched(rate)
+    return reward
 
 
-def cosine_reward(clip, scale):
+def cosine_reward(embed, scale):
     """scale x the cosine of each image with its own prompt"""
-    def rate(images, prompts):
-        image, text = clip_embeddings(clip, images, prompts)
+    def reward(images, prompts, metadata):
+        image, text = embed(images, prompts)
         return [scale * cosine for cosine in (image * text).sum(-1).tolist()]
-    return batched(rate)
+    return reward
 
 
 @functools.lru_cache  # rewards that share a model share its memory
 def load_clip(name, processor, size):
+    """-> the model, and a function of images and texts that gives their embeddings of length 1"""
     from transformers import AutoProcessor, CLIPModel
     model = on_device(from_hub(CLIPModel.from_pretrained, name, size))
-    return model, from_hub(AutoProcessor.from_pretrained, processor, size)
+    processor = from_hub(AutoProcessor.from_pretrained, processor, size)
 
-
-def clip_embeddings(clip, images, texts):
-    """Images and texts -> their embeddings of length 1: [B, D] and [B, D]"""
-    model, processor = clip
-    inputs = processor(
-        images=[image.convert("RGB") for image in images], text=list(texts), return_tensors="pt",
-        padding=True, truncation=True, max_length=model.config.text_config.max_position_embeddings)
-    with torch.no_grad():
-        out = model(**inputs.to(model.device))
-    return [e / e.norm(dim=-1, keepdim=True) for e in (out.image_embeds, out.text_embeds)]
+    @torch.no_grad()
+    def embed(images, texts):
+        parts = []
+        for i in range(0, len(texts), 32):  # at a time
+            inputs = processor(
+                images=[image.convert("RGB") for image in images[i:i + 32]],
+                text=list(texts[i:i + 32]), return_tensors="pt", padding=True, truncation=True,
+                max_length=model.config.text_config.max_position_embeddings)
+            out = model(**inputs.to(model.device))
+            parts.append((out.image_embeds, out.text_embeds))
+        both = [torch.cat(part) for part in zip(*parts)]  # [B, D] and [B, D]
+        return [e / e.norm(dim=-1, keepdim=True) for e in both]
+    return model, embed
 
 
 # ----------------------------------------------------------------- models from the Hugging Face hub
@@ -333,16 +338,6 @@ def quiet(*libraries):
 def on_device(model):
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval().requires_grad_(False)
-
-
-def batched(rate):
-    """A reward that rates 32 images and prompts at a time."""
-    def reward(images, prompts, metadata):
-        scores = []
-        for i in range(0, len(images), 32):
-            scores += rate(images[i:i + 32], prompts[i:i + 32])
-        return scores
-    return reward
 
 
 # --------------------------------------------------------------------------------- loading, scoring
