@@ -301,8 +301,7 @@ def load_clip(name, processor, size):
                 max_length=model.config.text_config.max_position_embeddings)
             out = model(**inputs.to(model.device))
             parts.append((out.image_embeds, out.text_embeds))
-        both = [torch.cat(part) for part in zip(*parts)]  # [B, D] and [B, D]
-        return [e / e.norm(dim=-1, keepdim=True) for e in both]
+        return [torch.cat(part) for part in zip(*parts)]  # [B, D] and [B, D]
     return model, embed
 
 
