@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or "cpu"
 CLIP = "openai/clip-vit-large-patch14"
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
 
@@ -199,7 +200,7 @@ def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name
 def load_detector(name):
     """-> a function of image and threshold that gives [{"class", "box", "mask"}]"""
     from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
-    model = on_device(from_hub(Mask2FormerForUniversalSegmentation.from_pretrained, name, "0.3 GB"))
+    model = from_hub(Mask2FormerForUniversalSegmentation.from_pretrained, name, "0.3 GB").to(DEVICE)
     processor = from_hub(AutoImageProcessor.from_pretrained, name, "0.3 GB")
     if model.config.num_labels != len(PHOTO_CLASSES):
         raise RewardError(f"the detector {name} has {model.config.num_labels} labels; "
@@ -288,7 +289,7 @@ def cosine_reward(embed, scale):
 def load_clip(name, processor, size):
     """-> the model, and a function of images and texts that gives their embeddings of length 1"""
     from transformers import AutoProcessor, CLIPModel
-    model = on_device(from_hub(CLIPModel.from_pretrained, name, size))
+    model = from_hub(CLIPModel.from_pretrained, name, size).to(DEVICE)
     processor = from_hub(AutoProcessor.from_pretrained, processor, size)
 
     @torch.no_grad()
@@ -332,11 +333,6 @@ def quiet(*libraries):
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     huggingface_hub.utils.enable_progress_bars()  # a download may take an hour
-
-
-def on_device(model):
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device).eval().requires_grad_(False)
 
 
 # --------------------------------------------------------------------------------- loading, scoring
