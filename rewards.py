@@ -237,8 +237,8 @@ def name_color(embed, image, thing):
 # ------------------------------------------------------------------------- preference and alignment
 
 
-def pickscore(scale=1 / 26, name="yuvalkirstain/PickScore_v1",
-              processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+def pickscore(name="yuvalkirstain/PickScore_v1",
+              processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", scale=1 / 26):
     """Human preference: logit_scale x the cosine of image and prompt.
 
     Model: PickScore_v1, a CLIP ViT-H/14 (arXiv 2305.01569, 3.9 GB). The official training divides
@@ -246,10 +246,6 @@ def pickscore(scale=1 / 26, name="yuvalkirstain/PickScore_v1",
     """
     model, embed = load_clip(name, processor, "3.9 GB")
     return cosine_reward(embed, scale * model.logit_scale.exp().item())
-
-
-pickscore_unscaled = functools.partial(pickscore, scale=1)
-toy_pickscore = functools.partial(pickscore, name=f"{TOY}/pickscore", processor=f"{TOY}/pickscore")
 
 
 def clipscore(name=CLIP):
@@ -344,10 +340,11 @@ def of_the_toy(name):
 
 
 REWARDS = dict(
-    ocr=ocr, geneval=of_the_toy("geneval"), geneval_photo=geneval_photo,
-    pickscore=pickscore, pickscore_unscaled=pickscore_unscaled, clipscore=clipscore,
-    aesthetic=aesthetic, toy_pickscore=toy_pickscore, toy_taste=of_the_toy("toy_taste"),
-    toy_sign=of_the_toy("toy_sign"), toy_inks=of_the_toy("toy_inks"))
+    ocr=ocr, geneval=of_the_toy("geneval"), geneval_photo=geneval_photo, pickscore=pickscore,
+    pickscore_unscaled=functools.partial(pickscore, scale=1), clipscore=clipscore,
+    aesthetic=aesthetic, toy_taste=of_the_toy("toy_taste"), toy_sign=of_the_toy("toy_sign"),
+    toy_pickscore=functools.partial(pickscore, f"{TOY}/pickscore", f"{TOY}/pickscore"),
+    toy_inks=of_the_toy("toy_inks"))
 
 
 def load(spec, option="--reward"):

@@ -721,9 +721,9 @@ def test_clip_rewards_score_each_image_with_its_own_prompt(models):
                                 max_length=20))
         cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
         cosines.append(cosine.item())
-    for reward, factor in ((rewards.pickscore(name=clip, processor=clip), scale / 26),
-                           (rewards.pickscore_unscaled(name=clip, processor=clip), scale),
-                           (rewards.clipscore(name=clip), 100)):
+    for reward, factor in ((rewards.pickscore(clip, clip), scale / 26),
+                           (rewards.REWARDS["pickscore_unscaled"](clip, clip), scale),
+                           (rewards.clipscore(clip), 100)):
         expected = [factor * cosine for cosine in cosines]
         close(reward(PHOTOS * 20, prompts * 20, None), expected * 20, 1e-4)  # in two batches
         assert reward(PHOTOS, prompts[::-1], None)[0] != pytest.approx(expected[0], rel=1e-3)
@@ -842,7 +842,7 @@ def test_toy_pickscore_has_learned_the_taste():
     prompts = [row["prompt"] for row in rows]
     images = [world.paint_scene(row, rng, careless=rng.random() < 0.3, restless=True)
               for row in rows]
-    pick = rewards.toy_pickscore()
+    pick = rewards.REWARDS["toy_pickscore"]()
     scores, tastes = pick(images, prompts, None), world.toy_taste()(images, prompts, rows)
     first_is_better = lambda scores: np.greater(scores[::2], scores[1::2])
     right = first_is_better(scores) == first_is_better(tastes)
