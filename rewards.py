@@ -165,15 +165,14 @@ def scene_reward(judge, classes, colors):
 PHOTO_COLORS = "red orange yellow green blue purple pink brown black white".split()
 # GenEval's names of COCO's 80 classes, in COCO's order. Models differ in the words ("sofa" or
 # "couch"), but not in the order.
-PHOTO_CLASSES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat,
-traffic light, fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow,
-elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis,
-snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket,
-bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli,
-carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv,
-laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink,
-refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"""
-PHOTO_CLASSES = PHOTO_CLASSES.replace("\n", " ").split(", ")
+PHOTO_CLASSES = [name.replace("_", " ") for name in """person bicycle car motorcycle airplane bus
+train truck boat traffic_light fire_hydrant stop_sign parking_meter bench bird cat dog horse sheep
+cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard
+sports_ball kite baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass
+cup fork knife spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake
+chair couch potted_plant bed dining_table toilet tv laptop computer_mouse tv_remote
+computer_keyboard cell_phone microwave oven toaster sink refrigerator book clock vase scissors
+teddy_bear hair_drier toothbrush""".split()]
 
 
 def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name=CLIP):
