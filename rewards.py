@@ -333,17 +333,13 @@ def quiet(*libraries):
 # --------------------------------------------------------------------------------- loading, scoring
 
 
-def of_the_toy(name):
-    """A reward of toy/world.py, which is imported only when the reward is asked for"""
-    return lambda: getattr(load_file(f"{TOY}/world.py"), name)()
-
-
+toy = lambda: load_file(f"{TOY}/world.py")  # which is imported only when it is asked for
 REWARDS = dict(
-    ocr=ocr, geneval=of_the_toy("geneval"), geneval_photo=geneval_photo, pickscore=pickscore,
+    ocr=ocr, geneval=lambda: toy().geneval(), geneval_photo=geneval_photo, pickscore=pickscore,
     pickscore_unscaled=functools.partial(pickscore, scale=1), clipscore=clipscore,
-    aesthetic=aesthetic, toy_taste=of_the_toy("toy_taste"), toy_sign=of_the_toy("toy_sign"),
+    aesthetic=aesthetic, toy_taste=lambda: toy().toy_taste(), toy_sign=lambda: toy().toy_sign(),
     toy_pickscore=functools.partial(pickscore, f"{TOY}/pickscore", f"{TOY}/pickscore"),
-    toy_inks=of_the_toy("toy_inks"))
+    toy_inks=lambda: toy().toy_inks())
 
 
 def load(spec, option="--reward"):
