@@ -17,6 +17,7 @@ import os
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import huggingface_hub
 import numpy as np
@@ -308,10 +309,8 @@ def from_hub(load, name, size):
     """load(name): from this machine if the model is here, else from huggingface.co."""
     import transformers
     quiet(transformers)
-    try:
+    with suppress(OSError, ValueError):  # it may not be here, or not whole
         return load(name, local_files_only=True)
-    except (OSError, ValueError):
-        pass  # it is not here, or not whole
     try:
         if not os.path.exists(name):  # ask once: without a network, load would try for a minute
             huggingface_hub.HfApi().model_info(name, timeout=10)
@@ -346,22 +345,16 @@ def load(spec, option="--reward"):
     """"ocr:1,mine.py:nice:2" -> {name: (reward, weight)}. Raises RewardError, naming the option."""
     rewards = {}
     for term in spec.split(","):
-        name, weight = split_weight(term.strip())
+        name, weight = term.strip(), 1.0
+        first, _, last = name.rpartition(":")
+        with suppress(ValueError):  # the last part may be no number
+            if first and math.isfinite(float(last)):
+                name, weight = first, float(last)
         if name in rewards:
             raise RewardError(f"{option} {spec}: {name} is there twice")
         factory = REWARDS.get(name, functools.partial(load_function, name))
         rewards[name] = guarded(f"{option} {name}", factory), weight
     return rewards
-
-
-def split_weight(term):
-    """"ocr:2" -> "ocr", 2.0. The weight is 1 where none is given."""
-    name, _, last = term.rpartition(":")
-    try:
-        weight = float(last)
-    except ValueError:
-        weight = math.nan
-    return (name, weight) if name and math.isfinite(weight) else (term, 1.0)
 
 
 def load_function(name):
