@@ -181,8 +181,7 @@ def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name
 
     Models: Mask2Former Swin-S, trained on COCO (0.3 GB), and CLIP ViT-L/14 (1.7 GB) for colours.
     As in the original evaluator (arXiv 2310.11513): confidence above 0.3, or 0.9 when counting; at
-    most 16 objects of a class; a colour is told on the object alone, cut out on grey.
-    Three things differ: a pixel belongs to one object only (transformers' post-processing), images
+    most 16 objects of a class; a colour is told on the object alone, cut out on grey. But images
     are not compressed to JPEG first, and CLIP is OpenAI's, not open_clip's copy of it.
     """
     detect = load_detector(detector)
