@@ -41,7 +41,6 @@ def ocr():
 
     N_e is the edit distance from what is read to the N_ref letters that were asked for.
     Engine: PaddleOCR's PP-OCRv6 (small) on onnxruntime, inside the `rapidocr` package.
-    Raises RewardError for a prompt without quotes.
     """
     from rapidfuzz.distance import Levenshtein
     from rapidocr import RapidOCR
