@@ -300,7 +300,7 @@ def load_clip(name, processor, size):
     return model, embed
 
 
-# ----------------------------------------------------------------- models from the Hugging Face hub
+# --------------------------------------------------------------------------------- loading, scoring
 
 
 def from_hub(load, name, size):
@@ -325,9 +325,6 @@ def quiet(*libraries):
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     huggingface_hub.utils.enable_progress_bars()  # a download may take an hour
-
-
-# --------------------------------------------------------------------------------- loading, scoring
 
 
 toy = lambda: load_file(f"{TOY}/world.py")  # which is imported only when it is asked for
