@@ -253,10 +253,9 @@ def clipscore(name=CLIP):
 
 
 def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
-    """Beauty, about 1 to 10, whatever the prompt: linear layers on CLIP ViT-L/14 (1.7 GB).
+    """Beauty, about 1 to 10, whatever the prompt: linear layers (4 MB) on CLIP ViT-L/14 (1.7 GB).
 
-    The layers are LAION's sac+logos+ava1-l14-linearMSE, 4 MB, from
-    github.com/christophschuhmann/improved-aesthetic-predictor.
+    LAION's sac+logos+ava1-l14-linearMSE: github.com/christophschuhmann/improved-aesthetic-predictor
     """
     model, embed = load_clip(name, name, "1.7 GB")
     fetch = functools.partial(huggingface_hub.hf_hub_download, filename="aesthetic-model.pth")
