@@ -137,19 +137,18 @@ def relations(box, reference):
 def check_metadata(prompts, metadata, classes, colors):
     """Raises RewardError for a prompt that a detector of these classes and colours cannot judge."""
     for prompt, row in zip(prompts, metadata):
+        who = f"the prompt {prompt!r}"
         if not row.get("include"):
-            raise RewardError(f"the prompt {prompt!r} has no GenEval metadata; "
-                              "use a dataset of *_metadata.jsonl")
+            raise RewardError(f"{who} has no GenEval metadata; use a dataset of *_metadata.jsonl")
         for asked in row["include"]:
             name, color = asked["class"], asked.get("color")
             relation, _ = asked.get("position", ("above", 0))
             if name not in classes or color not in (None, *colors):
                 hint = "; geneval_photo knows it" if name in PHOTO_CLASSES else ""
-                raise RewardError(f"the prompt {prompt!r} asks for {color or 'a'} {name}{hint}; "
+                raise RewardError(f"{who} asks for {color or 'a'} {name}{hint}; "
                                   f"the detector knows {', '.join(classes)}; {', '.join(colors)}")
             if relation not in RELATIONS:
-                raise RewardError(f"the prompt {prompt!r} has the place {relation!r}; "
-                                  f"the places are {', '.join(RELATIONS)}")
+                raise RewardError(f"{who}: place {relation!r} is none of {', '.join(RELATIONS)}")
 
 
 def scene_reward(judge, classes, colors):
