@@ -153,11 +153,10 @@ def check_metadata(prompts, metadata, classes, colors):
 
 def scene_reward(judge, classes, colors):
     """judge: a function of one image and its GenEval metadata -> a reward that has a check"""
-    check = functools.partial(check_metadata, classes=classes, colors=colors)
     def reward(images, prompts, metadata):
-        check(prompts, metadata)
+        check_metadata(prompts, metadata, classes, colors)
         return [judge(image, row) for image, row in zip(images, metadata)]
-    reward.check = check
+    reward.check = functools.partial(check_metadata, classes=classes, colors=colors)
     return reward
 
 
