@@ -355,8 +355,7 @@ def load_function(name):
     if not file:
         raise RewardError(f"choose from {', '.join(REWARDS)}, or give your own as file.py:function")
     stem = file.removesuffix(".py")
-    paths = [os.path.join(folder, f"{stem}.py") for folder in (os.getcwd(), os.path.dirname(TOY))]
-    paths = [path for path in paths if os.path.exists(path)]
+    paths = [path for path in (f"{stem}.py", f"{TOY}/../{stem}.py") if os.path.exists(path)]
     if not paths and not importlib.util.find_spec(stem):
         raise RewardError(f"there is no {stem}.py here, and Python cannot import {stem}")
     module = load_file(paths[0]) if paths else importlib.import_module(stem)
