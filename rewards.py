@@ -246,8 +246,7 @@ def pickscore(name="yuvalkirstain/PickScore_v1",
 
 def clipscore(name=CLIP):
     """Alignment: 100 x the cosine of image and prompt. Model: CLIP ViT-L/14 (1.7 GB)."""
-    _, embed = load_clip(name, name, "1.7 GB")
-    return cosine_reward(embed, 100)
+    return cosine_reward(load_clip(name, name, "1.7 GB")[1], 100)
 
 
 def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
