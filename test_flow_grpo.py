@@ -670,9 +670,8 @@ def test_a_bad_result_stops_the_run_with_the_rewards_name(desk, name, says):
 def test_a_reward_that_cannot_be_loaded_is_one_line(desk, monkeypatch, spec, says):
     monkeypatch.setitem(rewards.REWARDS, "ocr", lambda: None)
     Path("bye.py").write_text("raise SystemExit(0)")
-    assert says in error_of(rewards.load, spec)
-    other = says.replace("--reward ", "--eval_reward ")
-    assert other in error_of(rewards.load, spec, "--eval_reward")
+    for option in ("--reward ", "--eval_reward "):
+        assert says.replace("--reward ", option) in error_of(rewards.load, spec, option.strip())
 
 
 def test_a_file_is_loaded_by_its_path(desk):
