@@ -835,10 +835,9 @@ def test_toy_sign_likes_what_the_painter_made_and_toy_inks_what_is_rare():
 def test_toy_pickscore_has_learned_the_taste():
     """Through the same lines as PickScore, on pairs of paintings for held-out captions."""
     rng = random.Random("test")
-    lines = (HERE / "toy/geneval/test_metadata.jsonl").read_text("utf-8").splitlines()
-    rows = [json.loads(rng.choice(lines)) for _ in range(150)]
-    rows = [row for row in rows for _ in range(2)]
-    prompts = [row["prompt"] for row in rows]
+    test_set = flow_grpo.load_prompts(Config(reward="geneval"), "test")
+    drawn = [rng.choice(test_set) for _ in range(150)]
+    prompts, rows = zip(*[pair for pair in drawn for _ in range(2)])
     images = [world.paint_scene(row, rng, careless=rng.random() < 0.3, restless=True)
               for row in rows]
     pick = rewards.REWARDS["toy_pickscore"]()
