@@ -708,42 +708,32 @@ def models(tmp_path_factory):
     return f"{folder}/clip", f"{folder}/detector"
 
 
-def test_clip_rewards_score_each_image_with_its_own_prompt(models):
+def test_clip_rewards_score_each_image_with_its_own_prompt(models, tmp_path):
     """Against the model called by hand, one image and one prompt at a time, without padding."""
     from transformers import CLIPModel, CLIPProcessor
     clip, _ = models
     model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
     prompts = ["a red wall", "grass", "x" * 60]  # the last is cut at the model's 20 tokens
-    cosines, scale = [], model.logit_scale.exp().item()
-    for image, prompt in zip(PHOTOS, prompts):
-        out = model(**processor(images=image, text=prompt, return_tensors="pt", truncation=True,
-                                max_length=20))
-        cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
-        cosines.append(cosine.item())
-    for reward, factor in ((rewards.pickscore(clip, clip), scale / 26),
-                           (rewards.REWARDS["pickscore_unscaled"](clip, clip), scale),
-                           (rewards.clipscore(clip), 100)):
-        expected = [factor * cosine for cosine in cosines]
-        close(reward(PHOTOS * 20, prompts * 20, None), expected * 20, 1e-4)  # in two batches
-        assert reward(PHOTOS, prompts[::-1], None)[0] != pytest.approx(expected[0], rel=1e-3)
-
-
-def test_aesthetic_is_a_linear_head_on_the_normalised_embedding(models, tmp_path):
-    from transformers import CLIPModel, CLIPProcessor
+    outs = [model(**processor(images=image, text=prompt, return_tensors="pt", truncation=True,
+                              max_length=20)) for image, prompt in zip(PHOTOS, prompts)]
+    image, text = (torch.nn.functional.normalize(torch.cat([out[key] for out in outs]))
+                   for key in ("image_embeds", "text_embeds"))
+    cosines, scale = (image * text).sum(1), model.logit_scale.exp()
     torch.manual_seed(0)
     head = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 1))
     state = {f"layers.{key}": value for key, value in head.state_dict().items()}
     torch.save(state, tmp_path / "head.pth")
-    clip, _ = models
-    reward = rewards.aesthetic(name=clip, head=str(tmp_path / "head.pth"))
-    processor = CLIPProcessor.from_pretrained(clip)
-    inputs = processor(images=PHOTOS, text=[""] * 3, return_tensors="pt")
-    embeds = CLIPModel.from_pretrained(clip)(**inputs).image_embeds
-    expected = head(embeds / embeds.norm(dim=-1, keepdim=True))[:, 0].tolist()
-    close(reward(PHOTOS, ["ignored"] * 3, None), expected, 1e-4)
+    for reward, expected, has_prompts in (
+            (rewards.pickscore(clip, clip), scale / 26 * cosines, True),
+            (rewards.REWARDS["pickscore_unscaled"](clip, clip), scale * cosines, True),
+            (rewards.clipscore(clip), 100 * cosines, True),
+            (rewards.aesthetic(clip, str(tmp_path / "head.pth")), head(image)[:, 0], False)):
+        close(reward(PHOTOS * 20, prompts * 20, None), expected.repeat(20), 1e-4)  # in two batches
+        other = reward(PHOTOS, prompts[::-1], None)[0]
+        assert (other != pytest.approx(expected[0].item(), rel=1e-3)) == has_prompts
     torch.save({"layers.0.weight": print}, tmp_path / "evil.pth")  # code in place of a tensor
     with pytest.raises(Exception, match="(?i)weights"):
-        rewards.aesthetic(name=clip, head=str(tmp_path / "evil.pth"))
+        rewards.aesthetic(clip, str(tmp_path / "evil.pth"))
 
 
 def test_geneval_photo_scores_what_the_detector_finds(models, monkeypatch):
