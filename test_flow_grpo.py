@@ -529,7 +529,6 @@ def test_the_ocr_rule():
     assert rewards.ocr()([*signs, paper], prompts, None) == [0.5, 1, 1, 1, 1, 0]
     from rapidfuzz.distance import Levenshtein
     score = lambda text, target: rewards.text_score(text, target, Levenshtein.distance)
-    assert score("Hello World", "hello world") == 1
     assert score("say HELLOWORLD!", "Hello World") == 1
     assert score("HELO", "HELLO") == pytest.approx(0.8)
     assert score("completely different", "HI") == 0  # never below 0
