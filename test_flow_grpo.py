@@ -764,8 +764,7 @@ def test_geneval_photo_scores_what_the_detector_finds(models, monkeypatch):
     dogs["position"] = ["right of", 0]
     assert photo_score(found, mouse, dogs) == pytest.approx(2 / 3)
     assert photo_score(found, asked("person")) == 0  # an empty mask is no object
-    colors = rewards.PHOTO_COLORS
-    scores = [photo_score(found, asked("computer mouse", color=color)) for color in colors]
+    scores = [photo_score(found, mouse | {"color": color}) for color in rewards.PHOTO_COLORS]
     assert sorted(scores) == [0.5] * 9 + [1]  # the random CLIP names one of the ten
     names = {0: "person", 3: "motorcycle", 4: "airplane", 57: "couch", 58: "potted plant",
              60: "dining table", 62: "tv", 64: "computer mouse", 65: "tv remote",
@@ -776,9 +775,8 @@ def test_geneval_photo_scores_what_the_detector_finds(models, monkeypatch):
 
 def test_geneval_photo_refuses_what_it_cannot_know(models, tmp_path):
     clip, detector = models
-    loaded = {"geneval_photo": (rewards.geneval_photo(detector, clip), 1)}
-    rewards.check(loaded, ["p"], [metadata(asked("couch", color="pink"))])
-    problem = error_of(rewards.check, loaded, ["p"], [metadata(asked("sofa"))])
+    check = rewards.geneval_photo(detector, clip).check
+    problem = error_of(check, ["p"], [metadata(asked("sofa"))])
     assert "the prompt 'p' asks for a sofa;" in problem and "couch" in problem
     tiny.detector(tmp_path, {0: "cat", 1: "dog"})
     problem = error_of(rewards.geneval_photo, str(tmp_path), clip)
