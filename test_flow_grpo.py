@@ -917,8 +917,7 @@ def test_a_damaged_model_is_one_line(refused, old, new):
 
 
 def test_groups_and_prompts_must_fit_the_processes(refused, monkeypatch):
-    two = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True)
-    monkeypatch.setattr(flow_grpo, "PROCESSES", two)
+    monkeypatch.setattr(flow_grpo.PROCESSES, "num_processes", 2)
     assert "groups 3" in refused(*TINY, "--groups", 3)
     assert "eval_prompts 1" in refused(*TINY, "--eval_prompts", 1)
 
