@@ -894,12 +894,11 @@ BOM = b"\xef\xbb\xbf"  # the byte order mark is no part of the first prompt
     ("geneval", "train_metadata.jsonl", CIRCLE + b"[1]\n", "after 1 good"),
     ("geneval", "train_metadata.jsonl", b'{"prompt": \n', "after 0 good")])
 def test_every_prompt_is_checked_at_the_start(refused, reward, name, content, says):
-    Path("data").mkdir()
-    options = [*TINY, "--reward", reward, "--dataset", "data"]
+    options = [*TINY, "--reward", reward, "--dataset", "."]
     assert "train.txt" in refused(*options)
     for file in (name.replace("test", "train"), name.replace("train", "test")):
-        Path("data", file).write_bytes(SIGN if reward == "ocr" else CIRCLE)
-    Path("data", name).write_bytes(content)
+        Path(file).write_bytes(SIGN if reward == "ocr" else CIRCLE)
+    Path(name).write_bytes(content)
     assert re.search(says, refused(*options)) and not Path("runs").exists()
 
 
