@@ -32,6 +32,7 @@ import flow_grpo
 import rewards
 from flow_grpo import Config, load_policy, sde_mean, sde_step, sde_steps
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell takes it away
 torch.set_num_threads(1)  # for tensors as small as here, more threads only wait for each other
 HERE = Path(__file__).resolve().parent
 GOLDEN = json.loads((HERE / "toy/golden.json").read_text())
@@ -631,11 +632,9 @@ def desk(tmp_path, monkeypatch):
     """A current folder with a user's rewards only"""
     monkeypatch.chdir(tmp_path)
     Path("custom.py").write_text(CUSTOM)
-    handlers = [signal.signal(signal.SIGTERM, signal.SIG_IGN),
-                signal.signal(signal.SIGINT, signal.default_int_handler)]
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     yield tmp_path
-    for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
-        signal.signal(number, handler)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def score_two(*specs):
