@@ -509,6 +509,7 @@ def test_the_lora_at_the_real_size(preset, kind):
 
 # ------------------------------------------------------------------------------------------ rewards
 
+PAPER = Image.new("RGB", (48, 48), "white")
 metadata = lambda *include, tag="": {"tag": tag, "include": list(include)}
 asked = lambda name, count=1, **more: {"class": name, "count": count, **more}
 box = lambda x, y: (x, y, x + 10, y + 10)
@@ -525,9 +526,8 @@ def error_of(function, *args):
 def test_the_ocr_rule():
     words = ["CAT", "LION", "MAP", "FROG", "XKWQ"]
     signs = [world.paint_sign(word, random.Random(word)) for word in words]
-    paper = Image.new("RGB", (48, 48), "white")
     prompts = [f'a sign that says "{word}"' for word in ("x y zCAT", *words[1:], "CAT")]
-    assert rewards.ocr()([*signs, paper], prompts, None) == [0.5, 1, 1, 1, 1, 0]
+    assert rewards.ocr()([*signs, PAPER], prompts, None) == [0.5, 1, 1, 1, 1, 0]
     from rapidfuzz.distance import Levenshtein
     score = lambda text, target: rewards.text_score(text, target, Levenshtein.distance)
     assert score("say HELLOWORLD!", "Hello World") == 1
@@ -797,8 +797,7 @@ def test_taste_has_a_term_for_each_flaw():
 
     flaws = [dict(radius=6), dict(apart=9.5), dict(shift=11), dict(fade=0.4), dict(noise=12),
              dict(second="green")]
-    paper = Image.new("RGB", (48, 48), "white")
-    pictures = [picture(), *(picture(**flaw) for flaw in flaws), paper]
+    pictures = [picture(), *(picture(**flaw) for flaw in flaws), PAPER]
     best, *flawed, empty = world.toy_taste()(pictures, ["a"] * 8, [row] * 8)
     assert 0.9 < best <= 1 and empty == 0
     assert all(score < best - 0.02 for score in flawed)
