@@ -34,8 +34,6 @@ class RewardError(ValueError):
 
 
 # ----------------------------------------------------------------------------------- text rendering
-
-
 def ocr():
     """How much of the text in double quotes can be read: max(1 - N_e / N_ref, 0) (section 5.1).
 
@@ -231,8 +229,6 @@ def name_color(embed, image, thing):
 
 
 # ------------------------------------------------------------------------- preference and alignment
-
-
 def pickscore(name="yuvalkirstain/PickScore_v1",
               processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", scale=1 / 26):
     """Human preference: logit_scale x the cosine of image and prompt.
@@ -297,8 +293,6 @@ def load_clip(name, processor, size):
 
 
 # --------------------------------------------------------------------------------- loading, scoring
-
-
 def from_hub(load, name, size):
     """load(name): from this machine if the model is here, else from huggingface.co."""
     import transformers
