@@ -572,9 +572,9 @@ class Policy:
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}")
         eps, rms = self.config.adam_eps, norm / math.sqrt(sum(p.numel() for p in self.params))
-        if not self.optimizer.state and 0 < rms < 10 * eps and PROCESSES.is_main_process:
-            print(f"the gradient of a weight is about {rms:.0e}: with --adam_eps {eps:.0e} hardly "
-                  "anything is learned; try 1e-15", flush=True)
+        if not self.optimizer.state and 0 < rms < 10 * eps:
+            PROCESSES.print(f"the gradient of a weight is about {rms:.0e}: with --adam_eps "
+                            f"{eps:.0e} hardly anything is learned; try 1e-15", flush=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
         n = self.optimizer.state[self.params[0]]["step"].item()  # updates so far
@@ -667,8 +667,8 @@ def load_policy(config, prompts=()):
         stop(f"--resolution {config.resolution}: must be a multiple of {token}, at most {most}")
     tokenizer = [part for name, part in pipe.components.items() if "tokenizer" in name and part][-1]
     unknown = [p for p in prompts if tokenizer.unk_token_id in tokenizer(p).input_ids]
-    if unknown and PROCESSES.is_main_process:
-        print(f"the model does not know every word of {len(unknown)} prompts, as {unknown[0]!r}")
+    if unknown:
+        PROCESSES.print(f"the model lacks words of {len(unknown)} prompts, as {unknown[0]!r}")
     return policy
 
 
@@ -813,8 +813,7 @@ def check(config):
 
 # `accelerate launch` and torchrun start this script once for each GPU. Each process takes whole
 # groups. Without cpu=..., torchrun on a CPU would silently make independent runs.
-CPU = not torch.accelerator.is_available()
-PROCESSES = PartialState(cpu=CPU)
+PROCESSES = PartialState(cpu=not torch.accelerator.is_available())
 
 
 def my_part(items):
@@ -873,21 +872,19 @@ def begin(config, policy):
     folder, rows = Path(config.resume), []
     if config.resume:
         rows = load(policy, folder)
-    elif PROCESSES.is_main_process:
-        folder = claim(config)
+    else:
+        folder = gather_object([claim(config)])[0]
         save(policy, folder, rows)
-    folder = gather_object([folder])[0]
-    config.name = str(folder)
-    if PROCESSES.is_main_process:
-        options = json.dumps(vars(config) | dict(resume=""), indent=1)
-        write(folder / "config.json", options.encode())
-        print(f"{folder}: {config.groups} groups x {config.group_size} images an epoch on "
-              f"{PROCESSES.num_processes} x {policy.device.type}", flush=True)
-    tracker = Accelerator(cpu=CPU, log_with=config.report_to or None, project_dir=folder)
+    config.resume = str(folder)  # from now on the run can be resumed
+    write(folder / "config.json", json.dumps(vars(config), indent=1).encode())
+    PROCESSES.print(f"{folder}: {config.groups} groups x {config.group_size} images an epoch on "
+                    f"{PROCESSES.num_processes} x {policy.device.type}", flush=True)
+    tracker = Accelerator(log_with=config.report_to or None, project_dir=folder)
     tracker.init_trackers("flow_grpo", vars(config).copy())
     return folder, rows, tracker
 
 
+@PROCESSES.on_main_process
 def claim(config):
     """A folder that no other run has: runs/<name>, or the first free of ocr, ocr-2, ocr-3, ..."""
     name = config.name or re.sub(r"[^\w.-]+", "-", config.reward)
@@ -902,11 +899,12 @@ def claim(config):
                      f"with it by --resume {folder}")
 
 
+@PROCESSES.on_main_process
 def write(path, content):
     """Under another name first: a run that is killed here leaves the last good file."""
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def save(policy, folder, rows):
@@ -943,12 +941,11 @@ def load(policy, folder):
         stop(f"--resume {folder}: {path} is missing, damaged or not of this run ({error})")
 
 
+@PROCESSES.on_main_process
 def record(policy, folder, rows, tracker):
     """After an epoch: a line, the metrics, after an evaluation the pictures, and a checkpoint"""
     base, row = rows[0], rows[-1]
-    tracker.log(row, step=len(rows) - 1)
-    if not PROCESSES.is_main_process:
-        return
+    tracker.log(row, step=row["epoch"])
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     write(folder / "metrics.jsonl", lines.encode())
     shown = "epoch", "reward", "kl", "clip_low", "clip_high", "grad_norm", "seconds"
@@ -1057,9 +1054,8 @@ def main(argv=None):
         problem = f"{error}; a lower --learning_rate may help"
     except (KeyboardInterrupt, rewards.RewardError, OSError) as error:  # also of a full disk
         problem = str(error) or "interrupted"
-    folder = config.resume or config.name
-    if Path(folder, "checkpoint.pt").exists():
-        problem += f"; --resume {folder} goes on after the last whole epoch"
+    if config.resume:
+        problem += f"; --resume {config.resume} goes on after the last whole epoch"
     stop(problem)
 
 
