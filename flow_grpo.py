@@ -458,13 +458,12 @@ class Policy:
     guides_itself = False
 
     def __init__(self, pipe, config):
-        self.pipe, self.config = pipe, config
-        self.network = pipe.transformer
+        self.pipe, self.config, self.network = pipe, config, pipe.transformer
         self.device = PROCESSES.device
-        self.encoders = [part for name, part in pipe.components.items()
-                         if name.startswith("text_encoder") and part]
-        self.network.requires_grad_(False).to(self.device)
-        pipe.vae.to(self.device)
+        self.encoders = torch.nn.ModuleList(
+            part for name, part in pipe.components.items() if "text_encoder" in name and part)
+        pipe.to(self.device)
+        self.network.requires_grad_(False)
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         self.params = self.add_lora()
@@ -517,16 +516,15 @@ class Policy:
     @torch.no_grad()
     def encode(self, prompts):
         """Prompts -> their condition: embeds [B, L, D] and pooled [B, P], in the CPU's memory"""
-        for module in self.encoders:
-            module.to(self.device)
-        options = dict(device=self.device, max_sequence_length=self.config.max_sequence_length)
-        parts = []
-        for start in range(0, len(prompts), self.config.batch_size):
-            part = self.encode_batch(prompts[start:start + self.config.batch_size], **options)
+        self.encoders.to(self.device)
+        size, parts = self.config.batch_size, []
+        for start in range(0, len(prompts), size):
+            part = self.encode_batch(
+                prompts[start:start + size], device=self.device,
+                max_sequence_length=self.config.max_sequence_length)
             parts.append([c.cpu() for c in part])
         if self.config.offload:
-            for module in self.encoders:
-                module.cpu()
+            self.encoders.cpu()
         return [torch.cat(part) for part in zip(*parts)]
 
     def encode_batch(self, prompts, **options):
