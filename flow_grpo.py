@@ -48,9 +48,12 @@ from typing import NamedTuple
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for onnxruntime, which diffusers imports
 
+import diffusers
 import numpy as np
+import peft
 import safetensors.torch
 import torch
+import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather, gather_object, reduce
@@ -476,9 +479,8 @@ class Policy:
 
     def add_lora(self):
         """On the layers of the official code -> its parameters, which are all that is trained"""
-        from peft import LoraConfig
         torch.manual_seed(self.config.seed)  # for the first values
-        self.network.add_adapter(LoraConfig(
+        self.network.add_adapter(peft.LoraConfig(
             r=self.config.lora_rank, lora_alpha=2 * self.config.lora_rank,
             init_lora_weights="gaussian", target_modules=self.lora_layers))
         params = [p for p in self.network.parameters() if p.requires_grad]
@@ -610,8 +612,8 @@ class FluxPolicy(Policy):
 
     def time_grid(self, T):
         """The more tokens an image has, the denser near 1"""
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-        mu = calculate_shift((self.latent_shape[1] // 2) ** 2)
+        tokens = (self.latent_shape[1] // 2) ** 2
+        mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(tokens)
         return super().time_grid(T, sigmas=np.linspace(1, 1 / T, T), mu=mu)
 
 
@@ -622,9 +624,8 @@ class SanaPolicy(Policy):
                    for layer in ("to_q", "to_k", "to_v", "to_out.0")]
 
     def __init__(self, pipe, config):
-        from diffusers import FlowMatchEulerDiscreteScheduler
         # Its own scheduler, DPM-Solver, looks back at earlier steps. A policy may not.
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
         super().__init__(pipe, config)
 
     def forward(self, x, t, embeds, mask):
@@ -641,8 +642,6 @@ class SanaPolicy(Policy):
 
 def load_policy(config, prompts=()):
     """The pipeline of --model -> the Policy of its family"""
-    import diffusers
-    import transformers
     rewards.quiet(diffusers, transformers)  # they warn of the toy's unusual VAE
     families = dict(
         StableDiffusion3Pipeline=Policy, FluxPipeline=FluxPolicy, SanaPipeline=SanaPolicy)
@@ -910,12 +909,11 @@ def save(policy, folder, rows):
 
     Prompts, windows and noise are drawn anew from (seed, epoch), so no generator is among it.
     """
-    from peft import get_peft_model_state_dict
     settings = policy.network.peft_config["default"].to_dict()  # without alpha its scale would be 1
     settings["target_modules"] = sorted(settings["target_modules"])
     settings = {f"transformer.{key}": value for key, value in settings.items()}
     with policy.averaged():
-        lora = get_peft_model_state_dict(policy.network)
+        lora = peft.get_peft_model_state_dict(policy.network)
         lora = {f"transformer.{key}": value.contiguous() for key, value in lora.items()}
         content = safetensors.torch.save(lora, {"lora_adapter_metadata": json.dumps(settings)})
     write(folder / "pytorch_lora_weights.safetensors", content)
