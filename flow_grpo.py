@@ -910,17 +910,15 @@ def save(policy, folder, rows):
     Prompts, windows and noise are drawn anew from (seed, epoch), so no generator is among it.
     """
     settings = policy.network.peft_config["default"].to_dict()  # without alpha its scale would be 1
-    settings["target_modules"] = sorted(settings["target_modules"])
     settings = {f"transformer.{key}": value for key, value in settings.items()}
+    metadata = {"lora_adapter_metadata": json.dumps(settings, default=sorted)}  # it has a set
     with policy.averaged():
         lora = peft.get_peft_model_state_dict(policy.network)
         lora = {f"transformer.{key}": value.contiguous() for key, value in lora.items()}
-        content = safetensors.torch.save(lora, {"lora_adapter_metadata": json.dumps(settings)})
-    write(folder / "pytorch_lora_weights.safetensors", content)
+        write(folder / "pytorch_lora_weights.safetensors", safetensors.torch.save(lora, metadata))
     buffer = io.BytesIO()
-    torch.save(dict(
-        tensors=[p.detach() for p in policy.params + policy.average],
-        optimizer=policy.optimizer.state_dict(), rows=rows), buffer)
+    tensors = [p.detach() for p in policy.params + policy.average]
+    torch.save(dict(tensors=tensors, optimizer=policy.optimizer.state_dict(), rows=rows), buffer)
     write(folder / "checkpoint.pt", buffer.getvalue())
 
 
