@@ -782,7 +782,7 @@ def parse_config(argv=None):
             right = [isinstance(saved[f.name], (f.type, int)) for f in fields(Config)]
             if not all(right) or len(saved) > len(right):
                 raise ValueError("other options")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # whatever a damaged file makes these lines raise
         stop(f"--resume {resume}: has no config.json of a run of this version ({error})")
     for name in saved.keys() & given.keys() - MAY_CHANGE:
         if given[name] != saved[name]:
@@ -798,10 +798,9 @@ def check(config):
     numbers = [f.name for f in fields(Config) if f.type in (int, float)]
     ranges = [f"0 {'<=' if name in MAY_BE_0 else '<'} {name} < 2**31" for name in numbers]
     for rule in ranges + RULES:
-        if not eval(rule, dict(options)):
-            names = [name for name in re.findall("[a-z_]+", rule) if name in options]
-            values = ", ".join(f"{name} {options[name]}" for name in names)
-            stop(f"--{values}: {rule} must hold")
+        if not eval(rule, options):
+            values = [f"{name} {options[name]}" for name in rule.split() if name in options]
+            stop(f"--{', '.join(values)}: {rule} must hold")
     if config.report_to not in ["", *map(str, get_available_trackers())]:
         stop(f"--report_to {config.report_to}: pip install {config.report_to} first")
 
@@ -841,7 +840,7 @@ def load_prompts(config, split):
         for line in filter(str.strip, path.read_text("utf-8-sig").splitlines()):
             row = json.loads(line) if path == table else {"prompt": line}
             rows.append((row["prompt"].strip(), row))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever a wrong file makes these lines raise
         stop(f"--dataset {folder}: needs {text.name} in UTF-8, or {table.name} with a JSON object "
              f"with a prompt on each line (after {len(rows)} good ones: {error!r})")
     if len(rows) < PROCESSES.num_processes:
@@ -1028,9 +1027,8 @@ def draw_results(folder, rows):
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, style in (("reward", "-"), ("eval_reward", "o-"), ("eval_accuracy", "s-")):
-        measured = [row for row in rows if key in row]
-        epochs = [row["epoch"] for row in measured]
-        axes.plot(epochs, [row[key] for row in measured], style, label=key)
+        points = [(row["epoch"], row[key]) for row in rows if key in row]
+        axes.plot(*np.reshape(points, (-1, 2)).T, style, label=key)
     axes.set(xlabel="epoch", title=folder.name)
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=110)
