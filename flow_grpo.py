@@ -451,10 +451,8 @@ def train(config):
 
 
 class Policy:
-    """A diffusers pipeline with a LoRA on its transformer, the LoRA's average, and its optimizer
+    """A pipeline of SD3's family, as is the toy, with a LoRA, its average and its optimizer"""
 
-    This is SD3's family, and so the toy. What FLUX does otherwise is in the next class.
-    """
     lora_layers = [  # of each block's joint attention, for the image's tokens and for the text's
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
@@ -483,17 +481,14 @@ class Policy:
         self.network.add_adapter(peft.LoraConfig(
             r=self.config.lora_rank, lora_alpha=2 * self.config.lora_rank,
             init_lora_weights="gaussian", target_modules=self.lora_layers))
-        params = [p for p in self.network.parameters() if p.requires_grad]
-        for p in params:
-            p.data = p.data.float()  # bf16 would round small steps away
-        return params
+        diffusers.training_utils.cast_training_params(self.network)  # bf16 rounds small steps away
+        return [p for p in self.network.parameters() if p.requires_grad]
 
     def velocity(self, x, t, condition):
         """The network's v in float32. x: [B, C, H, W], t: one time, or one for each image
 
-        Classifier-free guidance makes one velocity of two calls, and so one Gaussian: that is the
-        policy. Sampling and training must use the same guidance, or the ratio would compare two
-        policies. And the gradient flows through both calls.
+        Classifier-free guidance makes one velocity of two, and so one Gaussian: that is the policy.
+        Sampling and training must share it, or the ratio would compare two policies.
         """
         t = t.flatten().expand(len(x))
         condition = [c.to(self.device) for c in condition]
@@ -506,7 +501,7 @@ class Policy:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             v = self.forward(x.to(self.network.dtype), t, *condition).float()
         if guided:
-            v, v_empty = v.chunk(2)
+            v, v_empty = v.chunk(2)  # the gradient flows through both
             v = v_empty + self.config.guidance * (v - v_empty)
         return v
 
@@ -596,15 +591,14 @@ class FluxPolicy(Policy):
     def forward(self, x, t, embeds, pooled):
         pipe, scale = self.pipe, self.pipe.vae_scale_factor
         B, C, H, W = x.shape
-        guidance = torch.full([B], self.config.guidance, device=x.device)
-        if not self.network.config.guidance_embeds:
-            guidance = None  # FLUX.1-schnell has not learned it
+        learned = self.network.config.guidance_embeds  # not by FLUX.1-schnell
         v = self.network(
             hidden_states=pipe._pack_latents(x, B, C, H, W),  # [B, H/2 * W/2, 4C]
             img_ids=pipe._prepare_latent_image_ids(B, H // 2, W // 2, x.device, embeds.dtype),
             txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
-            guidance=guidance, timestep=t, encoder_hidden_states=embeds,
-            pooled_projections=pooled, return_dict=False)[0]
+            guidance=torch.full([B], self.config.guidance, device=x.device) if learned else None,
+            timestep=t, encoder_hidden_states=embeds, pooled_projections=pooled,
+            return_dict=False)[0]
         return pipe._unpack_latents(v, H * scale, W * scale, scale)
 
     def encode_batch(self, prompts, **options):
