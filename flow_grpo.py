@@ -382,7 +382,7 @@ def train_epoch(policy, config, reward, train_set, epoch):
     prompts, metadata, seeds = zip(*my_part(samples))
     alike = size if config.same_noise else 1
     drawn = rollout(policy, config, prompts, seeds, config.train_steps, window, alike)
-    scores = score(reward, drawn.images, prompts, metadata)
+    scores, means = score(reward, drawn.images, prompts, metadata, "reward")
     total = torch.tensor(scores["reward"]).view(groups, size)
     compared = gdpo(reward, scores, size) if config.combine == "gdpo" else total
     advantages = group_advantages(compared, config.std_over)
@@ -393,7 +393,7 @@ def train_epoch(policy, config, reward, train_set, epoch):
     metrics["no_signal"] = equal.float().mean()  # the share of groups with equal scores
     metrics["group_std"] = total.std(1).mean()
     metrics["reward_std"] = total.std()
-    return averages(scores, "reward") | metrics
+    return means | metrics
 
 
 def evaluate(policy, config, reward, test_set, folder, epoch):
@@ -411,9 +411,9 @@ def evaluate(policy, config, reward, test_set, folder, epoch):
     prompts, metadata, seeds = zip(*samples)
     with policy.averaged():
         images = rollout(policy, config, prompts, seeds, config.eval_steps).images
-    scores = score(reward, images, prompts, metadata)
+    scores, metrics = score(reward, images, prompts, metadata, "eval_reward")
     right = scores[next(iter(reward))] == 1
-    metrics = averages(scores, "eval_reward") | {"eval_accuracy": right.mean()}
+    metrics["eval_accuracy"] = right.mean()
     tags = np.repeat([row.get("tag", "") for _, row in test_set], n)  # GenEval's tasks
     for tag in sorted({*tags} - {""}):
         metrics[f"eval_accuracy/{tag}"] = right[tags == tag].mean()
@@ -967,10 +967,12 @@ def summary(terms, clip_range):
         clip_high=(moved > clip_range).float().mean())
 
 
-def score(reward, images, prompts, metadata):
-    """The scores of all processes' images -> {name: [B], ..., "reward": their weighted sum}"""
+def score(reward, images, prompts, metadata, key):
+    """All processes' images -> {name: [B], ..., "reward": their weighted sum}, and their means"""
     scores = rewards.score(reward, images, prompts, metadata)
-    return {name: np.array(gather_object(values)) for name, values in scores.items()}
+    scores = {name: np.array(gather_object(values)) for name, values in scores.items()}
+    means = {f"{key}/{name}".removesuffix("/reward"): scores[name].mean() for name in scores}
+    return scores, means
 
 
 def gdpo(reward, scores, group_size):
@@ -982,11 +984,6 @@ def gdpo(reward, scores, group_size):
     parts = [weight * group_advantages(torch.tensor(scores[name]).view(-1, group_size), "group")
              for name, (_, weight) in reward.items()]
     return sum(parts)
-
-
-def averages(scores, key):
-    """-> the mean reward, and that of each part"""
-    return {f"{key}/{name}".removesuffix("/reward"): scores[name].mean() for name in scores}
 
 
 def diversity(images, n):
