@@ -743,13 +743,12 @@ PRESETS = {
         noise_level=0.9, beta=0.0, lora_rank=64, batch_size=4, gradient_checkpointing=True),
 }
 MAY_BE_0 = "seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts"
-CHOICES = dict(
-    preset=PRESETS, report_to=["", *LOGGER_TYPE_TO_CLASS],
-    precision=["fp32", "bf16"], sde=["flow", "cps"], std_over=["batch", "group"],
-    combine=["sum", "gdpo"])
 RULES = [
-    "train_steps >= 2", "group_size >= 2", "window + latest_start < train_steps", "ema_decay < 1",
-    "sde == 'flow' or noise_level < 1", "group_size % updates == 0", "groups % processes == 0",
+    f"preset in {['', *PRESETS]}", f"report_to in {['', *LOGGER_TYPE_TO_CLASS]}",
+    "precision in ['fp32', 'bf16']", "sde in ['flow', 'cps']", "std_over in ['batch', 'group']",
+    "combine in ['sum', 'gdpo']", "train_steps >= 2", "group_size >= 2", "ema_decay < 1",
+    "window + latest_start < train_steps", "sde == 'flow' or noise_level < 1",
+    "group_size % updates == 0", "groups % processes == 0",
     "eval_prompts == 0 or eval_prompts >= processes"]
 MAY_CHANGE = ("name", "resume", "report_to", "epochs", "eval_every", "eval_reward",
               "learning_rate", "batch_size", "gradient_checkpointing", "offload")  # on resuming
@@ -763,7 +762,7 @@ def parse_config(argv=None):
         description=__doc__, epilog=inspect.getsource(Config))  # the source explains the options
     parser.error = lambda message: stop(f"{message}; --help lists the options")
     for f in fields(Config):
-        kind = dict(type=f.type, choices=CHOICES.get(f.name))
+        kind = dict(type=f.type)
         if f.type is bool:  # --offload and, against a preset, --no-offload
             kind = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **kind)
@@ -793,7 +792,7 @@ def check(config):
     ranges = [f"0 {'<=' if name in MAY_BE_0 else '<'} {name} < 2**31" for name in numbers]
     for rule in ranges + RULES:
         if not eval(rule, options):
-            values = [f"{name} {options[name]}" for name in rule.split() if name in options]
+            values = [f"{name} {options[name]!r}" for name in rule.split() if name in options]
             stop(f"--{', '.join(values)}: {rule} must hold")
     if config.report_to not in ["", *map(str, get_available_trackers())]:
         stop(f"--report_to {config.report_to}: pip install {config.report_to} first")
