@@ -32,7 +32,6 @@ are the method, 5 drives diffusers' models, 6 to 8 are options, files and pictur
 import argparse
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -43,6 +42,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -508,7 +508,7 @@ class Policy:
     def forward(self, x, t, embeds, pooled):
         return self.network(
             hidden_states=x, timestep=1000 * t, encoder_hidden_states=embeds,
-            pooled_projections=pooled, return_dict=False)[0]
+            pooled_projections=pooled).sample
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -539,8 +539,7 @@ class Policy:
         """Latents [B, C, H, W] -> PIL images"""
         vae = self.pipe.vae
         latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
-        pixels = vae.decode(latents, return_dict=False)[0]
-        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
+        return self.pipe.image_processor.postprocess(vae.decode(latents).sample)
 
     @contextmanager
     def reference(self):
@@ -597,9 +596,8 @@ class FluxPolicy(Policy):
             img_ids=pipe._prepare_latent_image_ids(B, H // 2, W // 2, x.device, embeds.dtype),
             txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
             guidance=torch.full([B], self.config.guidance, device=x.device) if learned else None,
-            timestep=t, encoder_hidden_states=embeds, pooled_projections=pooled,
-            return_dict=False)[0]
-        return pipe._unpack_latents(v, H * scale, W * scale, scale)
+            timestep=t, encoder_hidden_states=embeds, pooled_projections=pooled)
+        return pipe._unpack_latents(v.sample, H * scale, W * scale, scale)
 
     def encode_batch(self, prompts, **options):
         return self.pipe.encode_prompt(prompts, None, **options)[:2]
@@ -625,7 +623,7 @@ class SanaPolicy(Policy):
     def forward(self, x, t, embeds, mask):
         return self.network(
             hidden_states=x, timestep=1000 * self.network.config.timestep_scale * t,
-            encoder_hidden_states=embeds, encoder_attention_mask=mask, return_dict=False)[0]
+            encoder_hidden_states=embeds, encoder_attention_mask=mask).sample
 
     def encode_batch(self, prompts, **options):
         defaults = inspect.signature(self.pipe.__call__).parameters
@@ -803,17 +801,14 @@ def check(config):
 # `accelerate launch` and torchrun start this script once for each GPU. Each process takes whole
 # groups. Without cpu=..., torchrun on a CPU would silently make independent runs.
 PROCESSES = PartialState(cpu=not torch.accelerator.is_available())
+# A bar on a terminal, but nothing in a log file: None
+progress = partial(tqdm, leave=False, disable=None if PROCESSES.is_main_process else True)
 
 
 def my_part(items):
     """This process's part of a list or tensor. gather and gather_object are the inverse."""
     n, rank = PROCESSES.num_processes, PROCESSES.process_index
     return items[len(items) * rank // n:len(items) * (rank + 1) // n]
-
-
-def progress(items, what):
-    """A bar on a terminal; nothing in a log file"""
-    return tqdm(items, what, leave=False, disable=None if PROCESSES.is_main_process else True)
 
 
 def stop(message):
@@ -842,14 +837,12 @@ def load_prompts(config, split):
 
 
 def load_rewards(config, train_set, test_set):
-    """-> the reward that is trained on, and the same with --eval_reward, which is only measured
-
-    What could fail hours later is tried now: every prompt, and two blank images.
-    """
+    """-> the reward that is trained on, and the same with --eval_reward, which is only measured"""
     reward = watched = rewards.load(config.reward)
     if config.eval_reward:
         extra = rewards.load(config.eval_reward, "--eval_reward")
         watched = reward | {name: (extra[name][0], 0) for name in extra if name not in reward}
+    # What could fail hours later is tried now: every prompt, and two blank images.
     rewards.check(watched, *zip(*train_set, *test_set))
     blank = [Image.new("RGB", (64, 64))] * 2
     rewards.score(watched, blank, *zip(train_set[0], test_set[0]))
@@ -877,15 +870,14 @@ def begin(config, policy):
 def claim(config):
     """A folder that no other run has: runs/<name>, or the first free of ocr, ocr-2, ocr-3, ..."""
     name = config.name or re.sub(r"[^\w.-]+", "-", config.reward)
-    for number in itertools.count(1):
+    for number in range(1, 10**6):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
         try:
             (folder / "samples").mkdir(parents=True)
             return folder
         except FileExistsError:
             if config.name:
-                stop(f"--name {name}: {folder} exists; choose another name, delete it, or go on "
-                     f"with it by --resume {folder}")
+                stop(f"--name {name}: {folder} exists; take another, delete or --resume {folder}")
 
 
 @PROCESSES.on_main_process
@@ -897,10 +889,7 @@ def write(path, content):
 
 
 def save(policy, folder, rows):
-    """The averaged LoRA in diffusers' format, and everything that a later epoch depends on
-
-    Prompts, windows and noise are drawn anew from (seed, epoch), so no generator is among it.
-    """
+    """The averaged LoRA in diffusers' format, and everything that a later epoch depends on"""
     settings = policy.network.peft_config["default"].to_dict()  # without alpha its scale would be 1
     settings = {f"transformer.{key}": value for key, value in settings.items()}
     metadata = {"lora_adapter_metadata": json.dumps(settings, default=sorted)}  # it has a set
@@ -908,7 +897,7 @@ def save(policy, folder, rows):
         lora = peft.get_peft_model_state_dict(policy.network)
         lora = {f"transformer.{key}": value.contiguous() for key, value in lora.items()}
         write(folder / "pytorch_lora_weights.safetensors", safetensors.torch.save(lora, metadata))
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # no generator: all that is random comes from (seed, epoch)
     tensors = [p.detach() for p in policy.params + policy.average]
     torch.save(dict(tensors=tensors, optimizer=policy.optimizer.state_dict(), rows=rows), buffer)
     write(folder / "checkpoint.pt", buffer.getvalue())
@@ -1030,8 +1019,7 @@ def main(argv=None):
     try:
         return train(config)
     except torch.OutOfMemoryError:
-        problem = ("the GPU's memory is full: lower --batch_size, then add "
-                   "--gradient_checkpointing, then --offload")
+        problem = "GPU is full: lower --batch_size, add --gradient_checkpointing, then --offload"
     except FloatingPointError as error:
         problem = f"{error}; a lower --learning_rate may help"
     except (KeyboardInterrupt, rewards.RewardError, OSError) as error:  # also of a full disk
