@@ -497,8 +497,7 @@ class Policy:
             x, t = torch.cat([x, x]), torch.cat([t, t])
             condition = [torch.cat([c, empty.to(c).expand_as(c)])
                          for c, empty in zip(condition, self.empty)]
-        half = self.config.precision == "bf16"
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(x.device.type, torch.bfloat16, self.config.precision == "bf16"):
             v = self.forward(x.to(self.network.dtype), t, *condition).float()
         if guided:
             v, v_empty = v.chunk(2)  # the gradient flows through both
@@ -838,10 +837,9 @@ def load_prompts(config, split):
 
 def load_rewards(config, train_set, test_set):
     """-> the reward that is trained on, and the same with --eval_reward, which is only measured"""
-    reward = watched = rewards.load(config.reward)
-    if config.eval_reward:
-        extra = rewards.load(config.eval_reward, "--eval_reward")
-        watched = reward | {name: (extra[name][0], 0) for name in extra if name not in reward}
+    reward = rewards.load(config.reward)
+    extra = rewards.load(config.eval_reward, "--eval_reward") if config.eval_reward else {}
+    watched = reward | {name: (extra[name][0], 0) for name in extra if name not in reward}
     # What could fail hours later is tried now: every prompt, and two blank images.
     rewards.check(watched, *zip(*train_set, *test_set))
     blank = [Image.new("RGB", (64, 64))] * 2
@@ -905,15 +903,14 @@ def save(policy, folder, rows):
 
 def load(policy, folder):
     """Puts a checkpoint back -> the metrics so far"""
-    path = folder / "checkpoint.pt"
     try:
-        state = torch.load(path, map_location=policy.device, weights_only=True)
+        state = torch.load(folder / "checkpoint.pt", map_location=policy.device, weights_only=True)
         for own, saved in zip(policy.params + policy.average, state["tensors"]):
             own.data.copy_(saved)
         policy.optimizer.load_state_dict(state["optimizer"])
         return state["rows"]
     except Exception as error:  # whatever a damaged file makes torch raise
-        stop(f"--resume {folder}: {path} is missing, damaged or not of this run ({error})")
+        stop(f"--resume: {folder}/checkpoint.pt is missing, damaged or not of this run ({error})")
 
 
 @PROCESSES.on_main_process
@@ -921,8 +918,7 @@ def record(policy, folder, rows, tracker):
     """After an epoch: a line, the metrics, after an evaluation the pictures, and a checkpoint"""
     base, row = rows[0], rows[-1]
     tracker.log(row, step=row["epoch"])
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    write(folder / "metrics.jsonl", lines.encode())
+    write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     shown = "epoch", "reward", "kl", "clip_low", "clip_high", "grad_norm", "seconds"
     print(*(f"{key} {row[key]:.4g}" for key in shown if key in row), sep=", ", flush=True)
     if "eval_reward" in row:
@@ -964,11 +960,9 @@ def score(reward, images, prompts, metadata, key):
 
 
 def gdpo(reward, scores, group_size):
-    """Several rewards -> one score [groups, group_size] (GDPO, arXiv 2601.05242)
-
-    In a plain sum the reward with the widest spread decides most. So each is first divided by its
-    own spread within the group. group_advantages then does the rest.
-    """
+    """Several rewards -> one score [groups, group_size] (GDPO, arXiv 2601.05242)"""
+    # In a plain sum the reward with the widest spread decides most. So each is first divided by its
+    # own spread within the group. train_epoch compares the sum like any score.
     parts = [weight * group_advantages(torch.tensor(scores[name]).view(-1, group_size), "group")
              for name, (_, weight) in reward.items()]
     return sum(parts)
@@ -1002,7 +996,6 @@ def draw_results(folder, rows):
     palette = Image.fromarray(np.vstack(frames)).quantize()  # one for all, or colours jump
     film = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     film[0].save(folder / "film.gif", save_all=True, append_images=film[1:], duration=1000, loop=0)
-
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, style in (("reward", "-"), ("eval_reward", "o-"), ("eval_accuracy", "s-")):
