@@ -513,11 +513,10 @@ class Policy:
     def encode(self, prompts):
         """Prompts -> their condition: embeds [B, L, D] and pooled [B, P], in the CPU's memory"""
         self.encoders.to(self.device)
+        options = dict(device=self.device, max_sequence_length=self.config.max_sequence_length)
         size, parts = self.config.batch_size, []
         for start in range(0, len(prompts), size):
-            part = self.encode_batch(
-                prompts[start:start + size], device=self.device,
-                max_sequence_length=self.config.max_sequence_length)
+            part = self.encode_batch(prompts[start:start + size], **options)
             parts.append([c.cpu() for c in part])
         if self.config.offload:
             self.encoders.cpu()
