@@ -448,8 +448,6 @@ def train(config):
 
 
 # ---------------------------------------------------------------------------------- 5. the network
-
-
 class Policy:
     """A pipeline of SD3's family, as is the toy, with a LoRA, its average and its optimizer"""
 
@@ -463,8 +461,8 @@ class Policy:
         self.device = PROCESSES.device
         self.encoders = torch.nn.ModuleList(
             part for name, part in pipe.components.items() if "text_encoder" in name and part)
-        pipe.to(self.device)
-        self.network.requires_grad_(False)
+        pipe.vae.to(self.device)
+        self.network.to(self.device).requires_grad_(False)
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         self.params = self.add_lora()
@@ -512,6 +510,8 @@ class Policy:
     @torch.no_grad()
     def encode(self, prompts):
         """Prompts -> their condition: embeds [B, L, D] and pooled [B, P], in the CPU's memory"""
+        if self.config.offload:
+            self.network.cpu()
         self.encoders.to(self.device)
         options = dict(device=self.device, max_sequence_length=self.config.max_sequence_length)
         size, parts = self.config.batch_size, []
@@ -520,6 +520,7 @@ class Policy:
             parts.append([c.cpu() for c in part])
         if self.config.offload:
             self.encoders.cpu()
+            self.network.to(self.device)
         return [torch.cat(part) for part in zip(*parts)]
 
     def encode_batch(self, prompts, **options):
@@ -655,13 +656,12 @@ def load_policy(config, prompts=()):
     tokenizer = [part for name, part in pipe.components.items() if "tokenizer" in name and part][-1]
     unknown = [p for p in prompts if tokenizer.unk_token_id in tokenizer(p).input_ids]
     if unknown:
-        PROCESSES.print(f"the model lacks words of {len(unknown)} prompts, as {unknown[0]!r}")
+        PROCESSES.print(f"{len(unknown)} prompts have a word that the model does not know, such as "
+                        f"{unknown[0]!r}")
     return policy
 
 
 # -------------------------------------------------------------------------------------- 6. options
-
-
 @dataclass
 class Config:
     # what to train, on what
@@ -674,7 +674,7 @@ class Config:
     max_sequence_length: int = 14      # tokens of the T5 encoder, or of SANA's Gemma
     precision: str = "fp32"            # of the network: fp32, or bf16 for half the memory
     gradient_checkpointing: bool = False  # less memory, slower updates
-    offload: bool = False              # text encoders visit the GPU only to encode the prompts
+    offload: bool = False              # text encoders and network take turns on the GPU
     # the run
     name: str = ""                     # folder under runs/; default: the reward's name, numbered
     resume: str = ""                   # a run's folder, to go on with its own options
@@ -768,8 +768,7 @@ def parse_config(argv=None):
     try:
         if resume:
             saved = json.loads(Path(resume, "config.json").read_text())
-            right = [isinstance(saved[f.name], (f.type, int)) for f in fields(Config)]
-            if not all(right) or len(saved) > len(right):
+            if {name: type(saved[name]) for name in saved} != Config.__annotations__:
                 raise ValueError("other options")
     except Exception as error:  # whatever a damaged file makes these lines raise
         stop(f"--resume {resume}: has no config.json of a run of this version ({error})")
@@ -874,7 +873,7 @@ def claim(config):
             return folder
         except FileExistsError:
             if config.name:
-                stop(f"--name {name}: {folder} exists; take another, delete or --resume {folder}")
+                stop(f"--name {name}: {folder} exists; take another, or --resume {folder}")
 
 
 @PROCESSES.on_main_process
@@ -929,8 +928,6 @@ def record(policy, folder, rows, tracker):
 
 
 # ------------------------------------------------------------------------ 8. numbers and pictures
-
-
 def check_finite(values, prompts, what):
     """Raises FloatingPointError for the first prompt with values that are not finite. [B, ...]"""
     for prompt, value in zip(prompts, values):
@@ -1011,7 +1008,8 @@ def main(argv=None):
     try:
         return train(config)
     except torch.OutOfMemoryError:
-        problem = "GPU is full: lower --batch_size, add --gradient_checkpointing, then --offload"
+        problem = ("out of GPU memory: lower --batch_size, then add --gradient_checkpointing, "
+                   "then --offload")
     except FloatingPointError as error:
         problem = f"{error}; a lower --learning_rate may help"
     except (KeyboardInterrupt, rewards.RewardError, OSError) as error:  # also of a full disk

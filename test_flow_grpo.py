@@ -293,6 +293,15 @@ def test_both_branches_of_guidance_carry_gradient():
     close(its_gradient, gradient(policy), 1e-3)
 
 
+def test_offload_lets_the_network_and_the_text_encoders_take_turns(monkeypatch):
+    policy, moves = load_policy(small(offload=True)), []
+    for name, module in (("network", policy.network), ("encoders", policy.encoders)):
+        monkeypatch.setattr(module, "cpu", lambda name=name: moves.append(f"{name} leaves"))
+        monkeypatch.setattr(module, "to", lambda _, name=name: moves.append(f"{name} comes"))
+    policy.encode(PROMPTS)
+    assert moves == ["network leaves", "encoders comes", "encoders leaves", "network comes"]
+
+
 @pytest.mark.parametrize("sde", ["flow", "cps"])
 def test_a_rollout_holds_its_sde_steps_as_they_are_scored(sde):
     """And none of its images depends on the others, or on the size of micro-batches."""
@@ -923,11 +932,12 @@ def test_the_presets_are_the_papers():
     parse = flow_grpo.parse_config
     for preset, values in GOLDEN["presets"].items():
         assert values.items() <= vars(parse(["--preset", preset])).items()
-    geneval = parse(["--reward", "geneval"])
-    assert geneval.groups == 16 and replace(geneval, preset="geneval") == parse(
-        ["--preset", "geneval"])
+    geneval, same = parse(["--reward", "geneval"]), parse(["--preset", "geneval"])
+    assert geneval.groups == 16 and replace(geneval, preset="geneval") == same
     own = parse(["--preset", "sd3.5-medium-fast", "--beta", "0.01", "--no-offload"])
     assert (own.beta, own.offload, own.gradient_checkpointing) == (0.01, False, True)
+    for preset in flow_grpo.PRESETS.values():  # of the right types, or no run could be resumed
+        assert all(type(preset[name]) is Config.__annotations__[name] for name in preset)
 
 
 def test_on_resuming_only_these_options_may_change(refused):
