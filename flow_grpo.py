@@ -22,10 +22,11 @@ Symbols
 
 PAPER/CODE marks where the paper and its official code (github.com/yifan123/flow_grpo) differ. We
 follow the code: the published learning rate, clip range and beta were made for it. Chapters 1 to 4
-are the method, 5 drives diffusers' models, 6 to 8 are options, files and pictures.
+are the method, 5 drives diffusers' models, 6 to 8 are options, files and pictures. The toy, an SD3
+pipeline of 5 MB for 48 x 48 pixels, is in toy/. rewards.py has the rewards.
 
-  python flow_grpo.py --reward ocr                           # teach the embedded toy to write
-  python flow_grpo.py --reward flow_grpo:redness             # your own reward is a function
+  python flow_grpo.py --reward ocr                           # teach the toy to write
+  python flow_grpo.py --reward flow_grpo.py:redness          # your own reward is a function
   python flow_grpo.py --preset sd3.5-medium-fast --dataset FOLDER           # on a GPU
   accelerate launch flow_grpo.py --preset sd3.5-medium --dataset FOLDER     # on all GPUs
 """
@@ -64,8 +65,8 @@ from tqdm import tqdm
 import rewards
 
 # ------------------------------------------------------------------------------ 1. the mathematics
-# Pure functions, in float32 whatever the network computes in: a ratio is the exponential of a tiny
-# difference of log-probabilities, and half precision would leave nothing of it.
+# Pure functions, in float32 whatever the network computes in: the ratio of new to old probability
+# is the exponential of a tiny difference, and half precision would leave nothing of it.
 #
 # x and v tell us data and noise, as x = (1-t) * data + t * noise = data + t * v:
 #     data = x - t * v,   noise = x + (1-t) * v
@@ -77,10 +78,11 @@ import rewards
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# The marginal is the distribution of all images at one time. Why does the SDE keep it? Fresh noise
-# adds std^2 to the variance of x. Dropping a small part d of the old noise takes 2 * d * t away, as
-# t is the covariance of x and noise, real or guessed. Both are equal for d = std^2 / (2t), which is
-# equation 9. (The paper's appendix A proves it for the whole distribution.)
+# The marginal is the distribution of x at one time. Why does the SDE keep it? Fresh noise adds
+# std^2 to the variance of x. Dropping d * noise, a small part of the old noise, lowers it by
+# 2 * d * cov(x, noise). This covariance is t, for the real noise and for the best guess of it. Both
+# are equal for d = std^2 / (2t): equation 9. (That holds for any sigma. The paper's appendix A
+# proves it for the whole distribution.)
 #
 # This holds for small steps. CPS is made for large ones. Independent noises of sizes keep and std
 # are like one of size s if keep^2 + std^2 = s^2. So there is never more noise than the network
@@ -93,7 +95,7 @@ class Steps(NamedTuple):
     s: torch.Tensor       # the time after it
     keep: torch.Tensor    # how much of the old noise stays
     std: torch.Tensor     # how much fresh noise is added
-    kl_std: torch.Tensor  # what the KL divides by: sigma, or for CPS std
+    kl_std: torch.Tensor  # what the KL takes as std: sigma, or for CPS std
 
     def at(self, i):
         """Step number i [1, 1, 1, 1], or with i [B] a step for each image [B, 1, 1, 1]"""
@@ -112,7 +114,7 @@ def sde_steps(times, noise_level, sde="flow"):
         keep = torch.sqrt(s**2 - std**2)
         return Steps(t, s, keep, std, kl_std=std)
     # At t = 1 sigma would be infinite. The official code divides by 1-s there. So the first std is
-    # noise_level, for any step size. That step keeps the marginal roughly.
+    # noise_level, for any step size. At a = 0.7 that step leaves 4 to 7 % too much noise.
     below_one = torch.where(t == 1, s[0], t)
     sigma = noise_level * torch.sqrt(t / (1 - below_one))
     std = sigma * torch.sqrt(t - s)
@@ -125,8 +127,8 @@ def sde_mean(x, v, step):
 
     With the flow SDE's keep this is the mean of equation 9, as the paper prints it:
         x + [v + sigma^2 / (2t) * (x + (1-t) * v)] * (s-t)
-    What is added to v there, times s-t < 0, is a step towards likelier x: along the gradient of
-    log p(x), which is -noise/t (equation 27). It leads back as much as fresh noise leads away.
+    What is added to v there, times s-t < 0, is a step to likelier x, along the gradient of log p(x)
+    of the marginal p: -noise/t (equation 27). It leads back as much as fresh noise leads away.
     """
     x, v = x.float(), v.float()
     data = x - step.t * v
@@ -138,8 +140,8 @@ def sde_step(x, v, step, noise=None, x_next=None):
     """One step of the policy -> x_next [B, C, H, W], its log_prob [B], the mean [B, C, H, W]
 
     Draws x_next = mean + std * noise with standard normal noise, or rates a given x_next. So old
-    and new log-probabilities come from the same lines. The gradient of log_density by the mean is
-    noise/std. It points to the noise that this image happened to draw. If the image was good, the
+    and new log-probabilities come from the same lines. The gradient of log_prob with respect to the
+    mean is along this fresh noise, which the image happened to draw. If the image was good, the
     mean moves there. If it was bad, the mean moves away. So the model learns to do by itself what
     helped by chance.
     """
@@ -149,12 +151,13 @@ def sde_step(x, v, step, noise=None, x_next=None):
     distance = (x_next - mean) / step.std
     normalizer = torch.log(step.std) + math.log(2 * math.pi) / 2
     log_density = -(distance**2) / 2 - normalizer
-    # PAPER/CODE: a log-density is a sum over all D dimensions; the code averages. So the ratio
-    # becomes its D-th root. The root is no importance weight. But at ratio 1 its gradient has the
-    # same direction, and it still tells how far the policy has moved: clipping needs no more. With
-    # D = 10^5, a root of 1.001 is a true ratio of e^100. So roots stay near 1, and real models need
-    # clip ranges of 1e-4 or less. (For CPS the code also leaves out 1 / (2 * std^2), about 1 in the
-    # first steps. We keep it. In the last steps it is huge: CPS wants an early window.)
+    # PAPER/CODE: a log-density is a sum over all D dimensions; the code averages. So what we call
+    # ratio is the D-th root of the true one. At ratio 1 its gradient has the same direction: the
+    # first update is a true policy gradient. In later updates the root is no importance weight. It
+    # only tells how far the policy has moved: clipping needs no more. With D = 10^5, a root of
+    # 1.001 is a true ratio of e^100. So real models need clip ranges of 1e-4 or less.
+    # (For CPS the code also leaves out 1 / (2 * std^2), which is 0.55 / s^2 at a = 0.8. We keep it.
+    # It is huge in the last steps, and they would outweigh all others: CPS wants an early window.)
     log_prob = log_density.flatten(1).mean(1)
     return x_next, log_prob, mean
 
@@ -183,7 +186,7 @@ def group_advantages(scores, std_over="batch"):
     PAPER/CODE: the paper divides by the group's std. The code divides by the whole batch's, so that
     a group of nearly equal rewards is not blown up. 1e-4 and the clamp are from the code, too.
     """
-    scores = scores.float().double()  # float32 numbers add up exactly in float64: equal gives 0
+    scores = scores.float().double()  # sums are exact: in a group of equal scores `better` is 0
     dims = (0, 1) if std_over == "batch" else 1
     std = scores.std(dims, unbiased=False, keepdim=True)
     better = scores - scores.mean(1, keepdim=True)
@@ -192,17 +195,19 @@ def group_advantages(scores, std_over="batch"):
 
 
 def clipped_loss(ratio, advantages, clip_range):
-    """The policy's part of equation 5, to be minimised. All are [B].
+    """The first part of equation 5, to be minimised. All are [B].
 
+    We want a large mean, over images and steps, of (equation 5)
+        min(ratio * advantage, clip(ratio) * advantage) - beta * KL
     ratio: how much likelier a step is than when it was drawn. In an epoch's first update it is 1,
     and the gradient is that of log_prob * advantage: a plain policy gradient. Later updates use
     images of an older policy, which say little about a policy far from it. Clipping keeps the new
     one near. Once the ratio has left the clip range on the side that its advantage wants, min picks
     the constant: no gradient. On the other side nothing is clipped, so a mistake can be undone.
 
-    (An averaged log-ratio is close to minus the KL of old and new policy. So ratios above 1 are
-    seldom clipped. GRPO-Guard, arXiv 2510.22319, centres the ratios. Flow-DPPO, 2606.11025, masks
-    by that KL instead.)
+    (Not averaged, a log-ratio has mean -KL and std sqrt(2 KL), with the KL of old and new policy.
+    Once that is large, most ratios are below 1, and few are clipped above. GRPO-Guard, arXiv
+    2510.22319, centres them. Flow-DPPO, 2606.11025, masks by this KL.)
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = torch.min(ratio * advantages, clipped * advantages)
@@ -212,14 +217,17 @@ def clipped_loss(ratio, advantages, clip_range):
 # -------------------------------------------------------------------------------------- 2. rollout
 # In the words of reinforcement learning: a state is (prompt, t, x), an action is x_next, an episode
 # is one drawing from noise to image. The reward comes once, at the end. Nobody knows which of the
-# steps deserves it, so each step of an image gets the image's advantage. (Later methods,
-# DiffusionNFT and AWM, need no SDE: they add noise to finished images and train on those.)
+# steps deserves it, so each step of an image gets the image's advantage. On average that is right:
+# what the other steps did is chance and cancels out. (Later methods, DiffusionNFT and AWM, need no
+# SDE: they add noise to finished images and train on those.)
 #
-# A policy here is the class Policy of chapter 5. Besides decode(x) and optimize() it has
+# The class Policy of chapter 5 is the network and what it takes to use it:
 #     encode(prompts)            the condition, tensors [B, ...]: what the network is told
 #     velocity(x, t, condition)  the network's v [B, C, H, W]
-#     time_grid(T)               times [T+1]. SD3.5, T = 10: 1, 0.96, 0.91, ... 0.46, 0.28, 0.01, 0
+#     time_grid(T)               times [T+1]. SD3.5, T = 10: 1, 0.96, 0.91, ... 0.28, 0.009, 0
+#     decode(x)                  latents -> B images
 #     reference(), averaged()    contexts with other weights: the base model's, the moving average
+#     optimize()                 one step of AdamW
 
 
 @dataclass
@@ -242,8 +250,8 @@ def choose_window(config, rng):
     train_sd3.py still adds this noise, untrained. train_sd3_fast.py ends by the ODE; so do we.)
 
     A short window, the authors' later Flow-GRPO-Fast, is enough: the first, noisy steps decide what
-    an image shows, so noise there makes the rewards of a group differ most. It saves work in the
-    update: K steps of each image, not T-1. Drawing costs T passes as before.
+    an image shows, so noise there makes the rewards of a group differ most (results/ measures it).
+    It saves work in the update: K steps of each image, not T-1. Drawing costs T passes as before.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -267,7 +275,7 @@ def draw(policy, x, prompts, condition, steps, window, generators):
         if i in window:
             k = i - window.start
             noise = normal(policy, generators)
-            latents[:, k] = x
+            latents[:, k] = x  # from the second on it is there
             x, log_prob[:, k], _ = sde_step(x, v, step, noise)
             latents[:, k + 1] = x
         else:
@@ -281,7 +289,7 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
     """An image for each prompt and seed in T steps -> Rollout
 
     Denoising reduction: training draws with T = 10. Such images are worse than those of 40 steps.
-    But an advantage only compares images that were drawn alike, and for that they are good enough.
+    But an advantage only compares images of the same T, and for that they are good enough.
     What is learned holds for 40 steps, too: both follow the same v, at more or fewer places.
     """
     times = policy.time_grid(T)
@@ -289,7 +297,7 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
     condition = policy.encode(prompts)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = normal(policy, generators)
-    noise = noise[::alike].repeat_interleave(alike, 0)  # `alike` images in a row start the same
+    noise = noise[::alike].repeat_interleave(alike, 0)  # `alike` images in a row share the first
     images, paths = [], []
     starts = range(0, len(seeds), config.batch_size)
     for start in progress(starts, "sampling"):
@@ -307,7 +315,7 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
 def update(policy, config, drawn, advantages, rng):
     """An epoch's optimizer steps, each on an equal part of every group's images -> metrics
 
-    drawn, advantages [B]: this process's groups, my_part of all. rng is the same on every process.
+    drawn and advantages [B] have this process's groups, my_part of all. rng is alike on every one.
     PAPER/CODE: the code leaves out images whose advantage is 0. We keep them, for their KL.
     """
     size, K = config.group_size, len(drawn.window)
@@ -317,7 +325,7 @@ def update(policy, config, drawn, advantages, rng):
     terms, norms = [], []
     for part in shuffled.chunk(config.updates, dim=1):
         pairs = torch.cartesian_prod(part.flatten(), torch.arange(K))  # each image at each SDE step
-        count = len(pairs) * PROCESSES.num_processes
+        count = len(pairs) * PROCESSES.num_processes  # optimize() sums the gradients of all
         for micro in progress(pairs.split(config.batch_size), "update"):
             policy_loss, kl, ratio = losses(policy, config, drawn, advantages, *micro.T)
             if not norms:  # in the first update
@@ -356,7 +364,7 @@ def losses(policy, config, drawn, advantages, i, k):
 def check_ratio(ratio, clip_range):
     """Until the first optimizer step, the policy is the one that drew: each ratio must be 1."""
     off = (ratio - 1).abs().max().item()
-    if off > min(1e-4, max(clip_range / 2, 1e-5)):  # that much may be rounding
+    if off > min(1e-4, max(clip_range / 2, 1e-5)):  # below 1e-5 it may be rounding
         stop(f"the ratio is off by {off:.2g} before the first update, where it must be 1: sampling "
              "and training differ (guidance, dropout, a changed rollout, or, with bf16, "
              "micro-batches of several sizes: let --batch_size divide the images)")
@@ -372,7 +380,7 @@ def redness(images, prompts, metadata):
 
 def train_epoch(policy, config, reward, train_set, epoch):
     """Sample, score, compare, update -> metrics. All randomness comes from (seed, epoch)."""
-    rng = random.Random(f"{config.seed}/{epoch - 1}")  # the first epoch is number 1
+    rng = random.Random(f"{config.seed}/{epoch - 1}")  # random streams count from 0
     groups, size = config.groups, config.group_size
     repeats = math.ceil(groups / len(train_set))  # above 1 for a dataset smaller than an epoch
     chosen = rng.sample(train_set * repeats, groups)
@@ -399,10 +407,12 @@ def train_epoch(policy, config, reward, train_set, epoch):
 def evaluate(policy, config, reward, test_set, folder, epoch):
     """Draw the test prompts by the ODE, from the same seeds every time -> metrics
 
-    SDE and ODE follow the same v and have the same marginals. So what makes the SDE's images better
-    makes the ODE's better. This is exact only for a perfect v and small steps: here we see how far
-    it holds. The weights are a moving average: single updates wander, their average less so.
-    Accuracy is the share of images whose first reward is 1, the most that OCR and GenEval give.
+    SDE and ODE follow the same v. A change of v moves the mean of an SDE step and the ODE's step in
+    the same direction. And as both have the same marginals, the ODE meets the x that v was trained
+    on. This is exact only for small steps and a perfect v: here we see how far it holds.
+
+    The weights are a moving average: single updates wander, their average less so. Accuracy is the
+    share of images whose first reward in --reward is 1, the most that OCR and GenEval give.
     """
     n = config.eval_per_prompt
     test_set = test_set[:config.eval_prompts or None]
@@ -529,7 +539,7 @@ class Policy:
         return embeds, pooled
 
     def time_grid(self, T, **options):
-        """The scheduler's times [T+1], 1 to 0. The toy's steps are equal; SD3.5's begin small"""
+        """The scheduler's times [T+1], 1 to 0. SD3.5's steps begin small. The last one is tiny."""
         self.pipe.scheduler.set_timesteps(T, device=self.device, **options)
         return self.pipe.scheduler.sigmas.float()
 
@@ -690,7 +700,7 @@ class Config:
     noise_level: float = 0.7           # a: too little explores nothing, too much spoils the images
     window: int = 1                    # SDE steps, and only they are trained. 0: all but the last
     latest_start: int = 0              # the window begins at a random step from 0 to this
-    same_noise: bool = True            # one first noise a group. The paper found own ones better
+    same_noise: bool = True            # one first noise a group: faster here, worse in the paper
     sde: str = "flow"                  # flow, the paper's, or cps, which leaves no noise in images
     guidance: float = 1.0              # classifier-free. 1 is off. FLUX: its distilled guidance
     # learning

@@ -53,19 +53,19 @@ RUNS = [
 
     # the KL, and what happens without it
     ("ocr/beta0", f"{OCR} --beta 0 {ALL}", THREE),
-    ("geneval/beta0", f"{GENEVAL} --beta 0 {ALL}", [0]),
+    ("geneval/beta0", f"{GENEVAL} --beta 0 {ALL}", THREE),
     ("pickscore/beta0", f"{PICKSCORE} --beta 0 {ALL}", THREE),
     ("pickscore/high-beta0.3", f"{PICKSCORE} {HIGH} --beta 0.3 --epochs 16 {ALL}", THREE),
     ("pickscore/high-beta0", f"{PICKSCORE} {HIGH} --beta 0 --epochs 16 {ALL}", THREE),
     ("pickscore/long-beta0.3", f"{PICKSCORE} {HIGH} --beta 0.3 --epochs 48 {ALL}", THREE),
     ("pickscore/long-beta0", f"{PICKSCORE} {HIGH} --beta 0 --epochs 48 {ALL}", THREE),
 
-    ("generalisation/default", f"{GENEVAL} --dataset dev/generalisation {ALL}", [0]),
+    ("generalisation/default", f"{GENEVAL} --dataset dev/generalisation {ALL}", THREE),
 
     # denoising reduction: the noisy step covers a tenth of the path (with T = 5, a fifth)
     ("dev/ocr/default", DEV, THREE),
     ("dev/ocr/T40", f"{DEV} --train_steps 40 --window 4", THREE),
-    ("dev/ocr/T5", f"{DEV} --train_steps 5", [0]),
+    ("dev/ocr/T5", f"{DEV} --train_steps 5", THREE),
     ("time/T40", f"{DEV} --train_steps 40 --window 4 --epochs 4", [0]),
     ("time/T10", f"{DEV} --epochs 4", [0]),
     ("time/T5", f"{DEV} --train_steps 5 --epochs 4", [0]),
@@ -76,28 +76,28 @@ RUNS = [
     ("time/pickscore", PICKSCORE, [0]),
 
     # where the noise is
-    ("dev/ocr/window0", f"{DEV} --window 0", [0]),
-    ("dev/ocr/window2", f"{DEV} --window 2", [0]),
-    ("dev/ocr/window3", f"{DEV} --window 3", [0]),
-    ("dev/ocr/start0-3", f"{DEV} --latest_start 3", [0]),
-    ("dev/ocr/cps", f"{DEV} --sde cps --noise_level 0.8 --beta 0.05", [0]),
+    ("dev/ocr/window0", f"{DEV} --window 0", THREE),
+    ("dev/ocr/window2", f"{DEV} --window 2", THREE),
+    ("dev/ocr/window3", f"{DEV} --window 3", THREE),
+    ("dev/ocr/start0-3", f"{DEV} --latest_start 3", THREE),
+    ("dev/ocr/cps", f"{DEV} --sde cps --noise_level 0.8 --beta 0.05", THREE),
 
     # one option at a time
-    ("dev/ocr/beta0", f"{DEV} --beta 0", [0]),
-    ("dev/ocr/beta1", f"{DEV} --beta 1", [0]),
-    ("dev/ocr/constant-rate", f"{DEV} --no-lr_decay --epochs 12", [0]),
-    ("dev/ocr/noise0.1", f"{DEV} --noise_level 0.1", [0]),
-    ("dev/ocr/noise0.4", f"{DEV} --noise_level 0.4", [0]),
-    ("dev/ocr/noise1.0", f"{DEV} --noise_level 1", [0]),
+    ("dev/ocr/beta0", f"{DEV} --beta 0", THREE),
+    ("dev/ocr/beta1", f"{DEV} --beta 1", THREE),
+    ("dev/ocr/constant-rate", f"{DEV} --no-lr_decay --epochs 12", THREE),
+    ("dev/ocr/noise0.1", f"{DEV} --noise_level 0.1", THREE),
+    ("dev/ocr/noise0.4", f"{DEV} --noise_level 0.4", THREE),
+    ("dev/ocr/noise1.0", f"{DEV} --noise_level 1", THREE),
     ("dev/ocr/groups8x16", f"{DEV} --groups 8 --group_size 16", THREE),
-    ("dev/ocr/groups4x32", f"{DEV} --groups 4 --group_size 32", [0]),
+    ("dev/ocr/groups4x32", f"{DEV} --groups 4 --group_size 32", THREE),
     ("dev/ocr/groups32x4", f"{DEV} --groups 32 --group_size 4", THREE),
-    ("dev/ocr/different-noise", f"{DEV} --no-same_noise", [0]),
-    ("dev/ocr/clip1e-4", f"{DEV} --clip_range 1e-4", [0]),
+    ("dev/ocr/different-noise", f"{DEV} --no-same_noise", THREE),
+    ("dev/ocr/clip1e-4", f"{DEV} --clip_range 1e-4", THREE),
     ("dev/ocr/clip5e-4", f"{DEV} --clip_range 5e-4", THREE),
-    ("dev/ocr/updates1", f"{DEV} --updates 1", [0]),
-    ("dev/ocr/updates4", f"{DEV} --updates 4", [0]),
-    ("dev/ocr/std-group", f"{DEV} --std_over group", [0]),
+    ("dev/ocr/updates1", f"{DEV} --updates 1", THREE),
+    ("dev/ocr/updates4", f"{DEV} --updates 4", THREE),
+    ("dev/ocr/std-group", f"{DEV} --std_over group", THREE),
 
     # what the scenes' defaults were chosen from
     ("dev/geneval/groups16x16", f"{SCENES} --epochs 42", [301, 302]),
