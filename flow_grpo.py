@@ -753,6 +753,7 @@ RULES = [
     f"preset in {['', *PRESETS]}", f"report_to in {['', *LOGGER_TYPE_TO_CLASS]}",
     "precision in ['fp32', 'bf16']", "sde in ['flow', 'cps']", "std_over in ['batch', 'group']",
     "combine in ['sum', 'gdpo']", "train_steps >= 2", "group_size >= 2", "ema_decay < 1",
+    "noise_level >= 1e-3", "adam_eps >= 1e-18", "max_sequence_length >= 2",
     "window + latest_start < train_steps", "sde == 'flow' or noise_level < 1",
     "group_size % updates == 0", "groups % processes == 0",
     "eval_prompts == 0 or eval_prompts >= processes"]
@@ -779,7 +780,7 @@ def parse_config(argv=None):
         if resume:
             saved = json.loads(Path(resume, "config.json").read_text())
             if {name: type(saved[name]) for name in saved} != Config.__annotations__:
-                raise ValueError("other options")
+                raise ValueError("other options, or of other types")
     except Exception as error:  # whatever a damaged file makes these lines raise
         stop(f"--resume {resume}: has no config.json of a run of this version ({error})")
     for name in saved.keys() & given.keys() - MAY_CHANGE:
@@ -804,7 +805,6 @@ def check(config):
 
 
 # ------------------------------------------------------------------------- 7. processes and files
-
 # `accelerate launch` and torchrun start this script once for each GPU. Each process takes whole
 # groups. Without cpu=..., torchrun on a CPU would silently make independent runs.
 PROCESSES = PartialState(cpu=not torch.accelerator.is_available())
@@ -879,7 +879,7 @@ def claim(config):
     for number in range(1, 10**6):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
         try:
-            (folder / "samples").mkdir(parents=True)
+            folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             if config.name:
@@ -912,7 +912,7 @@ def save(policy, folder, rows):
 def load(policy, folder):
     """Puts a checkpoint back -> the metrics so far"""
     try:
-        state = torch.load(folder / "checkpoint.pt", map_location=policy.device, weights_only=True)
+        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         for own, saved in zip(policy.params + policy.average, state["tensors"]):
             own.data.copy_(saved)
         policy.optimizer.load_state_dict(state["optimizer"])
@@ -992,6 +992,7 @@ def draw_grid(images, rows, scores, folder, epoch):
         pen.text((x, y), f"{prompt[:24]}\n{value:.2f}", "black", font_size=11)
         sheet.paste(image.resize((140, 140), Image.Resampling.LANCZOS), (x, y + 30))
     if PROCESSES.is_main_process:
+        (folder / "samples").mkdir(exist_ok=True)
         sheet.save(folder / f"samples/{epoch:04d}.png")
 
 
@@ -1024,7 +1025,7 @@ def main(argv=None):
         problem = f"{error}; a lower --learning_rate may help"
     except (KeyboardInterrupt, rewards.RewardError, OSError) as error:  # also of a full disk
         problem = str(error) or "interrupted"
-    if config.resume:
+    if config.resume and Path(config.resume, "checkpoint.pt").exists():
         problem += f"; --resume {config.resume} goes on after the last whole epoch"
     stop(problem)
 

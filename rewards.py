@@ -51,8 +51,9 @@ def ocr():
     engines = [RapidOCR(params=options) for _ in range(cores)]
 
     def rate(image, prompt):
+        image = image.convert("RGB")
         engine = engines.pop()  # there are as many as threads: one is free
-        lines = engine(image.convert("RGB"), use_cls=False).txts  # no line is upside down
+        lines = engine(image, use_cls=False).txts  # no line is upside down
         engines.append(engine)
         return text_score("".join(lines or ()), quoted(prompt), Levenshtein.distance)
 
@@ -81,7 +82,6 @@ def text_score(text, target, distance):
 
 
 # ----------------------------------------------------------------------------- composition: GenEval
-
 RELATIONS = ("left of", "right of", "above", "below")
 
 

@@ -1,7 +1,6 @@
 """The specification of flow_grpo.py and rewards.py. No GPU, no downloads: pytest test_flow_grpo.py
 
-In the order of flow_grpo.py, and last whole runs. The network is the embedded toy, and so its lines
-are the lines that an SD3.5 run goes through. toy/golden.json has the long tables.
+In the order of flow_grpo.py, then whole runs of the toy. toy/golden.json has the long tables.
 """
 import json
 import multiprocessing
@@ -45,7 +44,6 @@ def close(a, b, tolerance=2e-5):
 
 
 # --------------------------------------------------------------------------------- the mathematics
-
 OFFICIAL = GOLDEN["official"]
 X, V, V_REF, NOISE = (torch.tensor(OFFICIAL[key]).view(2, 2, 2, 2)
                       for key in ("x", "v", "v_ref", "noise"))
@@ -139,7 +137,6 @@ def test_clipping_stops_the_gradient_on_its_side_only(advantage, ratio, has_grad
 
 
 # ------------------------------------------------------------------------------ rollout and update
-
 PROMPTS = ['a sign that says "CAT"', 'a sign that says "DOG"']
 SMALL = dict(
     groups=2, group_size=4, batch_size=8, train_steps=6, window=2, latest_start=3, guidance=2.0,
@@ -295,6 +292,7 @@ def test_both_branches_of_guidance_carry_gradient():
 
 def test_offload_lets_the_network_and_the_text_encoders_take_turns(monkeypatch):
     policy, moves = load_policy(small(offload=True)), []
+    assert len(policy.encoders) == 3
     for name, module in (("network", policy.network), ("encoders", policy.encoders)):
         monkeypatch.setattr(module, "cpu", lambda name=name: moves.append(f"{name} leaves"))
         monkeypatch.setattr(module, "to", lambda _, name=name: moves.append(f"{name} comes"))
@@ -389,7 +387,6 @@ def test_lora_is_on_the_official_layers_in_float32_and_begins_as_the_seed_says(p
 
 
 # -------------------------------------------------------------------------------- what is measured
-
 grey = lambda *levels: [Image.new("RGB", (8, 8), (level, level, level)) for level in levels]
 bright = lambda images, prompts, metadata: [image.getpixel((0, 0))[0] / 255 for image in images]
 half = lambda images, prompts, metadata: [0.5] * len(images)
@@ -449,8 +446,6 @@ def test_the_metrics_of_an_evaluation(monkeypatch, tmp_path):
 
 
 # ------------------------------------------------------------------------------- diffusers' models
-
-
 def stock_image(pipe, prompt, seed, **options):
     """What diffusers itself draws, as the README says"""
     pipe.set_progress_bar_config(disable=True)
@@ -517,7 +512,6 @@ def test_the_lora_at_the_real_size(preset, kind):
 
 
 # ------------------------------------------------------------------------------------------ rewards
-
 PAPER = Image.new("RGB", (48, 48), "white")
 metadata = lambda *include, tag="": {"tag": tag, "include": list(include)}
 asked = lambda name, count=1, **more: {"class": name, "count": count, **more}
@@ -536,7 +530,8 @@ def test_the_ocr_rule():
     words = ["CAT", "LION", "MAP", "FROG", "XKWQ"]
     signs = [world.paint_sign(word, random.Random(word)) for word in words]
     prompts = [f'a sign that says "{word}"' for word in ("x y zCAT", *words[1:], "CAT")]
-    assert rewards.ocr()([*signs, PAPER], prompts, None) == [0.5, 1, 1, 1, 1, 0]
+    images = [*signs[:4], signs[4].convert("CMYK"), PAPER]
+    assert rewards.ocr()(images, prompts, None) == [0.5, 1, 1, 1, 1, 0]
     from rapidfuzz.distance import Levenshtein
     score = lambda text, target: rewards.text_score(text, target, Levenshtein.distance)
     assert score("say HELLOWORLD!", "Hello World") == 1
@@ -686,6 +681,8 @@ def test_a_file_is_loaded_by_its_path(desk):
     Path("sub/other.py").write_text(CUSTOM + "import neighbour")
     for spec in ("sub/other.py:three", "sub/other:three", f"{Path.cwd()}/sub/other.py:three"):
         assert score_two(spec)["reward"] == [3, 3]
+    Path("rewards.py").write_text(CUSTOM)  # the user's own goes first
+    assert score_two("rewards.py:three")["reward"] == [3, 3]
     assert rewards.load("math:hypot")["math:hypot"][0](3, 4) == 5  # any module will do
     # One that runs already is not run again.
     assert rewards.load("flow_grpo:redness")["flow_grpo:redness"][0] is flow_grpo.redness
@@ -816,12 +813,13 @@ def test_toy_sign_likes_what_the_painter_made_and_toy_inks_what_is_rare():
     signs = [world.paint_sign("CAT", random.Random(i)) for i in range(12)]
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8))
-    *quality, of_noise = world.toy_sign()([*signs, noise], None, None)
+    *quality, of_noise = rewards.REWARDS["toy_sign"]()([*signs, noise], None, None)
     assert min(quality) > 0.8 and max(quality) <= 1 and of_noise < 0.6
     red, blue = (Image.new("RGB", (48, 48), world.COLORS[color]) for color in ("red", "blue"))
     for image in (red, blue):
         image.paste("white", (0, 0, 48, 24))
-    assert world.toy_inks()([red, red, red, blue], None, None) == [0.25, 0.25, 0.25, 0.75]
+    inks = rewards.REWARDS["toy_inks"]()
+    assert inks([red, red, red, blue], None, None) == [0.25, 0.25, 0.25, 0.75]
 
 
 def test_toy_pickscore_has_learned_the_taste():
@@ -853,7 +851,6 @@ def test_without_weights_a_reward_says_so_in_one_line(name, monkeypatch, capfd):
 
 
 # --------------------------------------------------------------------------- options and mistakes
-
 TINY = ("--groups 2 --group_size 4 --eval_prompts 2 --eval_steps 2 --train_steps 4 --window 1 "
         "--latest_start 1 --no-same_noise --beta 0.1 --learning_rate 1.5e-3 --epochs 1").split()
 run = lambda *options: flow_grpo.main([str(option) for option in options])
@@ -880,8 +877,8 @@ def refused(desk, capsys):
 
 @pytest.mark.parametrize("options, says", GOLDEN["mistakes"].items())
 def test_a_mistake_gives_one_clear_line_and_exit_code_2(refused, options, says):
-    assert re.search(says, refused(*TINY, *options.split()))
-    assert not Path("runs").exists()
+    line = refused(*TINY, *options.split())
+    assert re.search(says, line) and "goes on" not in line and not Path("runs").exists()
 
 
 SIGN = b'a sign that says "CAT"\n'
@@ -953,8 +950,6 @@ def test_on_resuming_only_these_options_may_change(refused):
 
 
 # -------------------------------------------------------------------------------------- whole runs
-
-
 @pytest.mark.parametrize("reward", ["ocr", "flow_grpo:redness"])
 def test_the_first_editions_numbers_come_out(desk, reward):
     """Training raises redness, from -0.007 to 0.001."""
@@ -1104,6 +1099,7 @@ def test_report_to_tensorboard_writes_events(desk):
     logged = events.EventAccumulator(str(path)).Reload().Scalars("eval_reward")
     expected = [row["eval_reward"] for row in metrics("runs/x")]
     assert [event.value for event in logged] == pytest.approx(expected)
+    assert [event.step for event in logged] == [0, 1]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -1111,21 +1107,24 @@ def two(tmp_path_factory):
     """A run in two processes, on the second core while the other tests are on the first"""
     folder = tmp_path_factory.mktemp("two")
     (folder / "custom.py").write_text(CUSTOM)
-    for split in ("train", "test"):
-        (folder / f"{split}.txt").write_text("a dull circle\na red cross\n")
+    for name in ("train.txt", "test.txt"):
+        (folder / name).write_text("a dull circle\na red cross\n")
     options = [*TINY, "--dataset", ".", "--reward", "custom.py:dull", "--std_over", "group",
-               "--epochs", "2", "--name"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.Popen([*launch, HERE / "flow_grpo.py", *options, "two"], cwd=folder,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+               "--eval_every", "1", "--name"]
+    script = f"'{sys.executable}' -m torch.distributed.run --standalone --nproc_per_node=2"
+    launch = f"{script} '{HERE}/flow_grpo.py'"
+    command = f"{launch} {' '.join(options)} two && {launch} --resume runs/two --epochs 2"
+    process = subprocess.Popen(command, cwd=folder, shell=True, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     yield SimpleNamespace(folder=folder, options=options, process=process)
-    process.terminate()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
 
 
 def test_two_processes_are_as_good_as_one(desk, two, monkeypatch):
-    """Each has one of two groups, of which one never has an advantage."""
+    """Each has one of two groups, of which one never has an advantage. They are resumed once."""
     monkeypatch.chdir(two.folder)
-    run(*two.options, "one")
+    run(*two.options, "one", "--epochs", 2)
     said, _ = two.process.communicate(timeout=300)
     assert two.process.returncode == 0, said
     one, both = (torch.load(f"runs/{name}/checkpoint.pt")["tensors"] for name in ("one", "two"))
@@ -1137,7 +1136,8 @@ def test_two_processes_are_as_good_as_one(desk, two, monkeypatch):
         assert a.keys() == b.keys()
         for key in a.keys() - {"kl", "clip_low", "clip_high"}:
             assert a[key] == pytest.approx(b[key], rel=1e-2, abs=1e-6), key
-    assert "on 2 x cpu" in said and said.count("epoch 0") == 1  # one of them speaks
+    assert said.count("on 2 x cpu") == 2 and said.count("epoch 0") == 1  # one of them speaks
+    assert "2 prompts have a word that the model does not know, such as 'a dull circle'" in said
     assert Path("rank0").exists() and Path("rank1").exists()
 
 
