@@ -291,10 +291,11 @@ def geneval():
 def generalisation():
     rows = found("generalisation/default")["generalisation/default"]
     keys = ["eval_accuracy", *(f"eval_accuracy/{task}" for task in TASKS)]
-    lines = [[text, *(f"{np.mean([row['curves'][key][i] for row in rows]):.2f}" for key in keys)]
-             for text, i in (("before", 0), ("after", -1))]
-    return table(["", "overall", *TASKS.values()], *lines, *(
-        [name, *numbers.split()] for name, numbers in PAPER_UNSEEN))
+    before = [f"{rows[0]['curves'][key][0]:.2f}" for key in keys]
+    after = [spread(values(rows, key), 2) for key in keys]
+    return table(["", "overall", *TASKS.values()], ["before", *before],
+                 [f"after, {len(rows)} seeds", *after],
+                 *([name, *numbers.split()] for name, numbers in PAPER_UNSEEN))
 
 
 def pickscore():

@@ -3,7 +3,7 @@
 A run that has ended becomes one row of runs.jsonl. Names that the file has are skipped, so a
 stopped script goes on where it was. Then `python results/figures.py` draws and fills the tables.
 Runs with a time to report have the machine to themselves. The others go two at a time, with one
-thread each. Everything takes three to four hours on 2 cores.
+thread each. Everything takes about four hours on 2 cores.
 """
 import json
 import os
