@@ -33,6 +33,7 @@ pipeline of 5 MB for 48 x 48 pixels, is in toy/. rewards.py has the rewards.
 import argparse
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -195,9 +196,9 @@ def group_advantages(scores, std_over="batch"):
 
 
 def clipped_loss(ratio, advantages, clip_range):
-    """The first part of equation 5, to be minimised. All are [B].
+    """The negative of the policy's part of equation 5, to be minimised. All are [B].
 
-    We want a large mean, over images and steps, of (equation 5)
+    Equation 5 wants the mean of this, over images and steps, to be large:
         min(ratio * advantage, clip(ratio) * advantage) - beta * KL
     ratio: how much likelier a step is than when it was drawn. In an epoch's first update it is 1,
     and the gradient is that of log_prob * advantage: a plain policy gradient. Later updates use
@@ -205,9 +206,9 @@ def clipped_loss(ratio, advantages, clip_range):
     one near. Once the ratio has left the clip range on the side that its advantage wants, min picks
     the constant: no gradient. On the other side nothing is clipped, so a mistake can be undone.
 
-    (Not averaged, a log-ratio has mean -KL and std sqrt(2 KL), with the KL of old and new policy.
-    Once that is large, most ratios are below 1, and few are clipped above. GRPO-Guard, arXiv
-    2510.22319, centres them. Flow-DPPO, 2606.11025, masks by this KL.)
+    (Summed, not averaged, a log-ratio has mean -KL and std sqrt(2 KL). This KL is between the old
+    and the new policy. Once it is large, most ratios are below 1, and few are clipped above.
+    GRPO-Guard, arXiv 2510.22319, centres them. Flow-DPPO, 2606.11025, masks by this KL.)
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = torch.min(ratio * advantages, clipped * advantages)
@@ -275,7 +276,7 @@ def draw(policy, x, prompts, condition, steps, window, generators):
         if i in window:
             k = i - window.start
             noise = normal(policy, generators)
-            latents[:, k] = x  # from the second on it is there
+            latents[:, k] = x  # needed for k = 0 only
             x, log_prob[:, k], _ = sde_step(x, v, step, noise)
             latents[:, k + 1] = x
         else:
@@ -297,7 +298,7 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
     condition = policy.encode(prompts)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = normal(policy, generators)
-    noise = noise[::alike].repeat_interleave(alike, 0)  # `alike` images in a row share the first
+    noise = noise[::alike].repeat_interleave(alike, 0)  # `alike` images in a row get the same
     images, paths = [], []
     starts = range(0, len(seeds), config.batch_size)
     for start in progress(starts, "sampling"):
@@ -315,7 +316,7 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
 def update(policy, config, drawn, advantages, rng):
     """An epoch's optimizer steps, each on an equal part of every group's images -> metrics
 
-    drawn and advantages [B] have this process's groups, my_part of all. rng is alike on every one.
+    drawn and advantages [B] are of this process's groups. rng is the same on every process.
     PAPER/CODE: the code leaves out images whose advantage is 0. We keep them, for their KL.
     """
     size, K = config.group_size, len(drawn.window)
@@ -364,7 +365,7 @@ def losses(policy, config, drawn, advantages, i, k):
 def check_ratio(ratio, clip_range):
     """Until the first optimizer step, the policy is the one that drew: each ratio must be 1."""
     off = (ratio - 1).abs().max().item()
-    if off > min(1e-4, max(clip_range / 2, 1e-5)):  # below 1e-5 it may be rounding
+    if off > min(1e-4, max(clip_range / 2, 1e-5)):  # up to 1e-5 it may be rounding
         stop(f"the ratio is off by {off:.2g} before the first update, where it must be 1: sampling "
              "and training differ (guidance, dropout, a changed rollout, or, with bf16, "
              "micro-batches of several sizes: let --batch_size divide the images)")
@@ -539,7 +540,7 @@ class Policy:
         return embeds, pooled
 
     def time_grid(self, T, **options):
-        """The scheduler's times [T+1], 1 to 0. SD3.5's steps begin small. The last one is tiny."""
+        """The scheduler's times [T+1], from 1 down to 0"""
         self.pipe.scheduler.set_timesteps(T, device=self.device, **options)
         return self.pipe.scheduler.sigmas.float()
 
@@ -808,7 +809,7 @@ def check(config):
 # `accelerate launch` and torchrun start this script once for each GPU. Each process takes whole
 # groups. Without cpu=..., torchrun on a CPU would silently make independent runs.
 PROCESSES = PartialState(cpu=not torch.accelerator.is_available())
-# A bar on a terminal, but nothing in a log file: None
+# disable=None: a bar on a terminal, nothing in a log file
 progress = partial(tqdm, leave=False, disable=None if PROCESSES.is_main_process else True)
 
 
@@ -862,9 +863,10 @@ def begin(config, policy):
         rows = load(policy, folder)
     else:
         folder = gather_object([claim(config)])[0]
-        save(policy, folder, rows)
-    config.resume = str(folder)  # from now on the run can be resumed
+        config.resume = str(folder)  # so that main can say how to go on
     write(folder / "config.json", json.dumps(vars(config), indent=1).encode())
+    if not rows:
+        save(policy, folder, rows)  # after config.json: a run with a checkpoint can be resumed
     PROCESSES.print(f"{folder}: {config.groups} groups x {config.group_size} images an epoch on "
                     f"{PROCESSES.num_processes} x {policy.device.type}", flush=True)
     tracker = Accelerator(log_with=config.report_to or None, project_dir=folder)
@@ -876,7 +878,7 @@ def begin(config, policy):
 def claim(config):
     """A folder that no other run has: runs/<name>, or the first free of ocr, ocr-2, ocr-3, ..."""
     name = config.name or re.sub(r"[^\w.-]+", "-", config.reward)
-    for number in range(1, 10**6):
+    for number in itertools.count(1):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True)

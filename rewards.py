@@ -281,7 +281,7 @@ def load_clip(name, processor, size):
     @torch.no_grad()
     def embed(images, texts):
         parts = []
-        for i in range(0, len(texts), 32):  # at a time
+        for i in range(0, len(texts), 32):  # so many at a time
             inputs = processor(
                 images=[image.convert("RGB") for image in images[i:i + 32]],
                 text=list(texts[i:i + 32]), return_tensors="pt", padding=True, truncation=True,
