@@ -69,25 +69,24 @@ import rewards
 # Pure functions, in float32 whatever the network computes in: the ratio of new to old probability
 # is the exponential of a tiny difference, and half precision would leave nothing of it.
 #
-# x and v tell us data and noise, as x = (1-t) * data + t * noise = data + t * v:
+# As x = (1-t) * data + t * noise = data + t * v, the network's v is a best guess of both:
 #     data = x - t * v,   noise = x + (1-t) * v
-#
-# With the network's v, these are its best guesses. A step mixes them anew for the time s:
+# A step mixes them anew for the time s:
 #     x_next = (1-s) * data + keep * noise + std * fresh_noise
 #
 #     ODE, a = 0   std = 0                  keep = s                  the Euler step x + v * (s-t)
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# The marginal is the distribution of x at one time. Why does the SDE keep it? Fresh noise adds
-# std^2 to the variance of x. Dropping d * noise, a small part of the old noise, lowers it by
-# 2 * d * cov(x, noise). This covariance is t, for the real noise and for the best guess of it. Both
-# are equal for d = std^2 / (2t): equation 9. (That holds for any sigma. The paper's appendix A
-# proves it for the whole distribution.)
+# Why does the SDE keep the marginal, the distribution of x at one time? Fresh noise adds std^2 to
+# the variance of x. Dropping d * noise, a small part of the old noise, lowers it by
+# 2 * d * cov(x, noise). This covariance is t, for the real noise and for the best guess of it. So
+# d = std^2 / (2t) makes both equal, for any sigma: equation 9. (Appendix A of the paper proves it
+# for the whole distribution.) This holds for small steps.
 #
-# This holds for small steps. CPS is made for large ones. Independent noises of sizes keep and std
-# are like one of size s if keep^2 + std^2 = s^2. So there is never more noise than the network
-# expects. (There may be less: the old noise is a guess, and a guess is smaller.)
+# CPS is made for large steps. Independent noises of sizes keep and std are like one of size s if
+# keep^2 + std^2 = s^2. So there is never more noise than the network expects. (There may be less:
+# the old noise is a guess, and a guess is smaller.)
 
 
 class Steps(NamedTuple):
@@ -114,8 +113,8 @@ def sde_steps(times, noise_level, sde="flow"):
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
         return Steps(t, s, keep, std, kl_std=std)
-    # At t = 1 sigma would be infinite. The official code divides by 1-s there. So the first std is
-    # noise_level, for any step size. At a = 0.7 that step leaves 4 to 7 % too much noise.
+    # At t = 1 sigma would be infinite. The official code divides by 1-s there: the first std is
+    # noise_level. At a = 0.7 that leaves 4 to 7 % too much noise.
     below_one = torch.where(t == 1, s[0], t)
     sigma = noise_level * torch.sqrt(t / (1 - below_one))
     std = sigma * torch.sqrt(t - s)
@@ -141,10 +140,9 @@ def sde_step(x, v, step, noise=None, x_next=None):
     """One step of the policy -> x_next [B, C, H, W], its log_prob [B], the mean [B, C, H, W]
 
     Draws x_next = mean + std * noise with standard normal noise, or rates a given x_next. So old
-    and new log-probabilities come from the same lines. The gradient of log_prob with respect to the
-    mean is along this fresh noise, which the image happened to draw. If the image was good, the
-    mean moves there. If it was bad, the mean moves away. So the model learns to do by itself what
-    helped by chance.
+    and new log-probabilities come from the same lines. The gradient of log_prob pulls the mean
+    towards the noise that the image happened to draw. If the image was good, the mean moves there;
+    if it was bad, away. So the model learns to do by itself what helped by chance.
     """
     mean = sde_mean(x, v, step)
     if x_next is None:
@@ -152,13 +150,13 @@ def sde_step(x, v, step, noise=None, x_next=None):
     distance = (x_next - mean) / step.std
     normalizer = torch.log(step.std) + math.log(2 * math.pi) / 2
     log_density = -(distance**2) / 2 - normalizer
-    # PAPER/CODE: a log-density is a sum over all D dimensions; the code averages. So what we call
-    # ratio is the D-th root of the true one. At ratio 1 its gradient has the same direction: the
-    # first update is a true policy gradient. In later updates the root is no importance weight. It
-    # only tells how far the policy has moved: clipping needs no more. With D = 10^5, a root of
-    # 1.001 is a true ratio of e^100. So real models need clip ranges of 1e-4 or less.
-    # (For CPS the code also leaves out 1 / (2 * std^2), which is 0.55 / s^2 at a = 0.8. We keep it.
-    # It is huge in the last steps, and they would outweigh all others: CPS wants an early window.)
+    # PAPER/CODE: a log-density is a sum over all D dimensions; the code averages. So our ratio is
+    # the D-th root of the true one. At ratio 1 its gradient has the same direction: the first
+    # update is a true policy gradient. Later, the root is no importance weight. It only tells how
+    # far the policy has moved, and clipping needs no more. With D = 10^5, a root of 1.001 is a true
+    # ratio of e^100: real models need clip ranges of 1e-4 or less. (For CPS the code also leaves
+    # out 1 / (2 * std^2), which is 0.55 / s^2 at a = 0.8. We keep it. In late steps it is huge, and
+    # they would outweigh all others: CPS wants an early window.)
     log_prob = log_density.flatten(1).mean(1)
     return x_next, log_prob, mean
 
@@ -206,9 +204,8 @@ def clipped_loss(ratio, advantages, clip_range):
     one near. Once the ratio has left the clip range on the side that its advantage wants, min picks
     the constant: no gradient. On the other side nothing is clipped, so a mistake can be undone.
 
-    (Summed, not averaged, a log-ratio has mean -KL and std sqrt(2 KL). This KL is between the old
-    and the new policy. Once it is large, most ratios are below 1, and few are clipped above.
-    GRPO-Guard, arXiv 2510.22319, centres them. Flow-DPPO, 2606.11025, masks by this KL.)
+    (Far from the old policy most ratios are below 1, and few are clipped above. GRPO-Guard, arXiv
+    2510.22319, centres them. Flow-DPPO, 2606.11025, masks by the KL between old and new instead.)
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = torch.min(ratio * advantages, clipped * advantages)
@@ -438,7 +435,7 @@ def train(config):
     """The whole run: train, evaluate now and then, write everything down. Epoch 0 is the base."""
     train_set = load_prompts(config, "train")
     test_set = load_prompts(config, "test")
-    reward, watched = load_rewards(config, train_set, test_set)
+    reward, watched = rewards.load_both(config, train_set + test_set)
     policy = load_policy(config, [prompt for prompt, _ in train_set + test_set])
     folder, rows, tracker = begin(config, policy)
     for epoch in range(len(rows), config.epochs + 1):
@@ -842,18 +839,6 @@ def load_prompts(config, split):
     if len(rows) < PROCESSES.num_processes:
         stop(f"--dataset {folder}: needs a {split} prompt for each process")
     return rows
-
-
-def load_rewards(config, train_set, test_set):
-    """-> the reward that is trained on, and the same with --eval_reward, which is only measured"""
-    reward = rewards.load(config.reward)
-    extra = rewards.load(config.eval_reward, "--eval_reward") if config.eval_reward else {}
-    watched = reward | {name: (extra[name][0], 0) for name in extra if name not in reward}
-    # What could fail hours later is tried now: every prompt, and two blank images.
-    rewards.check(watched, *zip(*train_set, *test_set))
-    blank = [Image.new("RGB", (64, 64))] * 2
-    rewards.score(watched, blank, *zip(train_set[0], test_set[0]))
-    return reward, watched
 
 
 def begin(config, policy):

@@ -358,14 +358,11 @@ def load_function(name):
 
 
 def load_file(path):
-    """A Python file as a module, which is made only once. flow_grpo.py is there as __main__."""
+    """A Python file as a module, which is made only once"""
     path = os.path.realpath(path)
-    folder, file = os.path.split(path)
-    for name in (path, "__main__", file.removesuffix(".py")):
-        module = sys.modules.get(name)
-        if module and os.path.realpath(getattr(module, "__file__", None) or "") == path:
-            return module
-    sys.path.append(folder)  # for its neighbours; at the end, so that they hide no library
+    if path in sys.modules:
+        return sys.modules[path]
+    sys.path.append(os.path.dirname(path))  # for its neighbours; last, so that they hide no library
     spec = importlib.util.spec_from_file_location(path, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path] = module  # before it runs: dataclasses look their module up
@@ -377,11 +374,17 @@ def load_file(path):
     return module
 
 
-def check(rewards, prompts, metadata):
-    """Raises RewardError for the first prompt that one of the rewards cannot judge."""
-    for name, (reward, _) in rewards.items():
-        if hasattr(reward, "check"):
-            guarded(f"reward {name}", reward.check, prompts, metadata)
+def load_both(config, rows):
+    """-> --reward, and the same with --eval_reward, only measured. rows: [(prompt, metadata)]"""
+    reward = load(config.reward)
+    extra = load(config.eval_reward, "--eval_reward") if config.eval_reward else {}
+    both = reward | {name: (extra[name][0], 0) for name in extra if name not in reward}
+    # What could fail hours later is tried now: every prompt, and two blank images.
+    for name, (function, _) in both.items():
+        if hasattr(function, "check"):
+            guarded(f"reward {name}", function.check, *zip(*rows))
+    score(both, [Image.new("RGB", (64, 64))] * 2, *zip(rows[0], rows[-1]))
+    return reward, both
 
 
 def score(rewards, images, prompts, metadata):
@@ -396,8 +399,7 @@ def score(rewards, images, prompts, metadata):
 
 def numbers(reward, images, prompts, metadata):
     """The reward's result as one finite float for each image. It gets copies of all."""
-    copies = [image.copy() for image in images]
-    result = reward(copies, list(prompts), copy.deepcopy(list(metadata)))
+    result = reward([image.copy() for image in images], [*prompts], copy.deepcopy([*metadata]))
     if isinstance(result, (str, bytes, dict, set)):
         raise RewardError(f"gave a {type(result).__name__}, not a list of numbers")
     values = [float(value) for value in result]

@@ -583,9 +583,9 @@ def test_the_geneval_rule():
 
 @pytest.mark.parametrize("name", ["geneval", "toy_taste"])
 def test_all_prompts_are_checked_by_name_and_with_what_would_work(name):
-    loaded, good = rewards.load(name), world.scenes("position")[0]
-    rewards.check(loaded, ["good"], [good])
-    check = lambda row: error_of(rewards.check, loaded, ["good", "bad"], [good, row])
+    config, good = Config(reward=name), ("good", world.scenes("position")[0])
+    rewards.load_both(config, [good])
+    check = lambda row: error_of(rewards.load_both, config, [good, ("bad", row)])
     problem = check(metadata(asked("wine glass")))
     assert f"reward {name}: the prompt 'bad' asks for a wine glass;" in problem
     assert "geneval_photo" in problem and "circle" in problem
@@ -684,8 +684,8 @@ def test_a_file_is_loaded_by_its_path(desk):
     Path("rewards.py").write_text(CUSTOM)  # the user's own goes first
     assert score_two("rewards.py:three")["reward"] == [3, 3]
     assert rewards.load("math:hypot")["math:hypot"][0](3, 4) == 5  # any module will do
-    # One that runs already is not run again.
-    assert rewards.load("flow_grpo:redness")["flow_grpo:redness"][0] is flow_grpo.redness
+    first, again = (rewards.load(name)[name][0] for name in ["flow_grpo:redness"] * 2)
+    assert first is again  # a file is run once
 
 
 def test_a_users_file_does_not_hide_a_library(desk):
