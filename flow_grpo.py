@@ -843,15 +843,11 @@ def load_prompts(config, split):
 
 def begin(config, policy):
     """-> the run's folder, the metrics that it has already, and accelerate's tracker"""
-    folder, rows = Path(config.resume), []
-    if config.resume:
-        rows = load(policy, folder)
-    else:
-        folder = gather_object([claim(config)])[0]
-        config.resume = str(folder)  # so that main can say how to go on
+    rows = load(policy, config.resume) if config.resume else []
+    folder = Path(config.resume or gather_object([claim(config)])[0])
+    config.resume = str(folder)  # so that main can say how to go on
     write(folder / "config.json", json.dumps(vars(config), indent=1).encode())
-    if not rows:
-        save(policy, folder, rows)  # after config.json: a run with a checkpoint can be resumed
+    save(policy, folder, rows)  # after config.json: a run with a checkpoint can be resumed
     PROCESSES.print(f"{folder}: {config.groups} groups x {config.group_size} images an epoch on "
                     f"{PROCESSES.num_processes} x {policy.device.type}", flush=True)
     tracker = Accelerator(log_with=config.report_to or None, project_dir=folder)
@@ -899,7 +895,7 @@ def save(policy, folder, rows):
 def load(policy, folder):
     """Puts a checkpoint back -> the metrics so far"""
     try:
-        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        state = torch.load(f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
         for own, saved in zip(policy.params + policy.average, state["tensors"]):
             own.data.copy_(saved)
         policy.optimizer.load_state_dict(state["optimizer"])
