@@ -761,16 +761,14 @@ MAY_CHANGE = ("name", "resume", "report_to", "epochs", "eval_every", "eval_rewar
 
 def parse_config(argv=None):
     """Config's defaults < the preset < the run to resume < the command line: the last one wins."""
-    parser = argparse.ArgumentParser(
-        usage="python flow_grpo.py [--option value ...]", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__, epilog=inspect.getsource(Config))  # the source explains the options
+    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: stop(f"{message}; --help lists the options")
+    parser.format_help = lambda: __doc__ + inspect.getsource(Config)  # which explains the options
     for f in fields(Config):
         kind = dict(type=f.type)
         if f.type is bool:  # --offload and, against a preset, --no-offload
             kind = dict(action=argparse.BooleanOptionalAction)
-        parser.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **kind)
+        parser.add_argument(f"--{f.name}", **kind)
     given = vars(parser.parse_args(argv))
     preset = PRESETS.get(given.get("preset", given.get("reward")), {})
     saved, resume = {}, given.get("resume")
