@@ -459,36 +459,31 @@ def train(config):
 class Policy:
     """A pipeline of SD3's family, as is the toy, with a LoRA, its average and its optimizer"""
 
-    lora_layers = [  # of each block's joint attention, for the image's tokens and for the text's
+    lora_layers = [  # the official code's: joint attention, for the image's tokens and the text's
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
     guides_itself = False
 
     def __init__(self, pipe, config):
-        self.pipe, self.config, self.network = pipe, config, pipe.transformer
-        self.device = PROCESSES.device
+        self.pipe, self.config, self.device = pipe, config, PROCESSES.device
         self.encoders = torch.nn.ModuleList(
             part for name, part in pipe.components.items() if "text_encoder" in name and part)
         pipe.vae.to(self.device)
-        self.network.to(self.device).requires_grad_(False)
         if config.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
-        self.params = self.add_lora()
+            pipe.transformer.enable_gradient_checkpointing()
+        torch.manual_seed(config.seed)  # for the LoRA's first values
+        lora = peft.LoraConfig(
+            r=config.lora_rank, lora_alpha=2 * config.lora_rank, init_lora_weights="gaussian",
+            target_modules=self.lora_layers)
+        # peft keeps the LoRA in float32: bf16 would round small steps away.
+        self.network = peft.get_peft_model(pipe.transformer.to(self.device), lora)
+        self.params = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.params, config.learning_rate, eps=config.adam_eps, weight_decay=1e-4)
         self.average = [p.detach().clone() for p in self.params]
         self.empty = self.encode([""])  # for guidance
         side = config.resolution // pipe.vae_scale_factor
         self.latent_shape = (pipe.vae.config.latent_channels, side, side)
-
-    def add_lora(self):
-        """On the layers of the official code -> its parameters, which are all that is trained"""
-        torch.manual_seed(self.config.seed)  # for the first values
-        self.network.add_adapter(peft.LoraConfig(
-            r=self.config.lora_rank, lora_alpha=2 * self.config.lora_rank,
-            init_lora_weights="gaussian", target_modules=self.lora_layers))
-        diffusers.training_utils.cast_training_params(self.network)  # bf16 rounds small steps away
-        return [p for p in self.network.parameters() if p.requires_grad]
 
     def velocity(self, x, t, condition):
         """The network's v in float32. x: [B, C, H, W], t: one time, or one for each image
@@ -548,12 +543,9 @@ class Policy:
         latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
         return self.pipe.image_processor.postprocess(vae.decode(latents).sample)
 
-    @contextmanager
     def reference(self):
         """Within, the model that training began with: the same, without its LoRA"""
-        self.network.disable_adapters()
-        yield
-        self.network.enable_adapters()
+        return self.network.disable_adapter()
 
     @contextmanager
     def averaged(self):
@@ -882,7 +874,7 @@ def save(policy, folder, rows):
     metadata = {"lora_adapter_metadata": json.dumps(settings, default=sorted)}  # it has a set
     with policy.averaged():
         lora = peft.get_peft_model_state_dict(policy.network)
-        lora = {f"transformer.{key}": value.contiguous() for key, value in lora.items()}
+        lora = {key.replace("base_model.model", "transformer"): lora[key] for key in lora}
         write(folder / "pytorch_lora_weights.safetensors", safetensors.torch.save(lora, metadata))
     buffer = io.BytesIO()  # no generator: all that is random comes from (seed, epoch)
     tensors = [p.detach() for p in policy.params + policy.average]
