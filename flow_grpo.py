@@ -869,13 +869,12 @@ def write(path, content):
 
 def save(policy, folder, rows):
     """The averaged LoRA in diffusers' format, and everything that a later epoch depends on"""
-    settings = policy.network.peft_config["default"].to_dict()  # without alpha its scale would be 1
-    settings = {f"transformer.{key}": value for key, value in settings.items()}
-    metadata = {"lora_adapter_metadata": json.dumps(settings, default=sorted)}  # it has a set
+    lora = {}
     with policy.averaged():
-        lora = peft.get_peft_model_state_dict(policy.network)
-        lora = {key.replace("base_model.model", "transformer"): lora[key] for key in lora}
-        write(folder / "pytorch_lora_weights.safetensors", safetensors.torch.save(lora, metadata))
+        for key, value in peft.get_peft_model_state_dict(policy.network).items():
+            scale = 2 if "lora_B" in key else 1  # alpha / rank, which diffusers takes to be 1
+            lora[key.replace("base_model.model", "transformer")] = scale * value
+    write(folder / "pytorch_lora_weights.safetensors", safetensors.torch.save(lora))
     buffer = io.BytesIO()  # no generator: all that is random comes from (seed, epoch)
     tensors = [p.detach() for p in policy.params + policy.average]
     torch.save(dict(tensors=tensors, optimizer=policy.optimizer.state_dict(), rows=rows), buffer)

@@ -485,9 +485,7 @@ def test_stock_diffusers_with_the_lora_draws_the_evaluations_image(desk, family,
     _, first, second = metrics("runs/x")
     assert first["kl"] < second["kl"] and second["grad_norm"] > 0
     with safe_open("runs/x/pytorch_lora_weights.safetensors", "pt") as file:
-        settings = json.loads(file.metadata()["lora_adapter_metadata"])
-    layers = settings["transformer.target_modules"]  # a set for peft: in any order
-    assert layers == sorted(layers)
+        assert file.metadata() is None  # peft's has a set, in any order
     if precision == "fp32":
         prompt = flow_grpo.load_prompts(Config(reward="geneval"), "test")[0][0]
         ours = np.asarray(Image.open("first.png"), float)
