@@ -332,8 +332,14 @@ def update(policy, config, drawn, advantages, rng):
             (loss.sum() / count).backward()  # equation 5: the mean over all images and steps
             terms.append(torch.stack([kl, ratio], 1).detach())
         norms.append(policy.optimize())
-    metrics = summary(torch.cat(terms), config.clip_range)
-    return metrics | {"grad_norm": np.mean(norms)}
+    kl, ratio = gather(torch.cat(terms)).unbind(1)  # of all processes
+    moved = ratio - 1
+    return dict(
+        kl=kl.mean(),  # how far the policy is from the base model
+        ratio_deviation=moved.abs().max(),  # 0 in the first update, so later ones show here
+        clip_low=(moved < -config.clip_range).float().mean(),  # shares outside the clip range,
+        clip_high=(moved > config.clip_range).float().mean(),  # none of them in the first update
+        grad_norm=np.mean(norms))
 
 
 def losses(policy, config, drawn, advantages, i, k):
@@ -915,18 +921,6 @@ def check_finite(values, prompts, what):
     for prompt, value in zip(prompts, values):
         if not value.isfinite().all():
             raise FloatingPointError(f"{what} of {prompt!r} are not finite")
-
-
-def summary(terms, clip_range):
-    """kl and ratio of an epoch's updates, [N, 2] -> metrics, over all processes"""
-    kl, ratio = gather(terms).unbind(1)
-    moved = ratio - 1
-    return dict(
-        kl=kl.mean(),  # how far the policy is from the base model
-        ratio_deviation=moved.abs().max(),  # 0 in the first update, so later ones show here
-        # Shares outside the clip range, of all updates. With two updates they are at most half.
-        clip_low=(moved < -clip_range).float().mean(),
-        clip_high=(moved > clip_range).float().mean())
 
 
 def score(reward, images, prompts, metadata, key):

@@ -393,10 +393,14 @@ half = lambda images, prompts, metadata: [0.5] * len(images)
 floats = lambda metrics: {key: float(value) for key, value in metrics.items()}
 
 
-def test_the_metrics_of_an_update():
-    terms = torch.tensor([[0.5, 1.0], [0.0, 1.2], [0.1, 0.85], [0.0, 1.11], [0, 1]])
-    assert floats(flow_grpo.summary(terms, 0.1)) == pytest.approx(
-        dict(kl=0.12, ratio_deviation=0.2, clip_low=0.2, clip_high=0.4), rel=1e-4)
+def test_the_metrics_of_an_update(monkeypatch):
+    kl = torch.tensor([0.5, 0.0, 0.1, 0.0], requires_grad=True)
+    terms = [(kl, kl, torch.tensor(ratio)) for ratio in ([1.0] * 4, [1.2, 0.85, 1.11, 1.0])]
+    monkeypatch.setattr(flow_grpo, "losses", lambda *args: terms.pop(0))
+    config, norms = small(groups=1, group_size=4, clip_range=0.1), [0.25, 0.75]
+    policy = Mock(config=config, optimize=lambda: norms.pop(0))
+    assert floats(learn(policy, Mock(window=range(2)))) == pytest.approx(dict(
+        kl=0.15, ratio_deviation=0.2, clip_low=0.125, clip_high=0.25, grad_norm=0.5), rel=1e-4)
 
 
 def test_the_metrics_of_an_epoch(monkeypatch):
