@@ -395,8 +395,12 @@ def train_epoch(policy, config, reward, train_set, epoch):
     alike = size if config.same_noise else 1
     drawn = rollout(policy, config, prompts, seeds, config.train_steps, window, alike)
     scores, means = score(reward, drawn.images, prompts, metadata, "reward")
-    total = torch.tensor(scores["reward"]).view(groups, size)
-    compared = gdpo(reward, scores, size) if config.combine == "gdpo" else total
+    total = compared = torch.tensor(scores["reward"]).view(groups, size)
+    if config.combine == "gdpo":  # arXiv 2601.05242: each reward is divided by its own spread,
+        compared = torch.zeros(groups, size)  # or the one that spreads most would decide most
+        for name, (_, weight) in reward.items():
+            own = torch.tensor(scores[name]).view(groups, size)
+            compared += weight * group_advantages(own, "group")
     advantages = group_advantages(compared, config.std_over)
     advantages = my_part(advantages).flatten()
     metrics = update(policy, config, drawn, advantages, rng)
@@ -929,15 +933,6 @@ def score(reward, images, prompts, metadata, key):
     scores = {name: np.array(gather_object(values)) for name, values in scores.items()}
     means = {f"{key}/{name}".removesuffix("/reward"): scores[name].mean() for name in scores}
     return scores, means
-
-
-def gdpo(reward, scores, group_size):
-    """Several rewards -> one score [groups, group_size] (GDPO, arXiv 2601.05242)"""
-    # In a plain sum the reward with the widest spread decides most. So each is first divided by its
-    # own spread within the group. train_epoch compares the sum like any score.
-    parts = [weight * group_advantages(torch.tensor(scores[name]).view(-1, group_size), "group")
-             for name, (_, weight) in reward.items()]
-    return sum(parts)
 
 
 def diversity(images, n):

@@ -117,14 +117,6 @@ def test_advantages_are_the_official_numbers(std_over):
         assert (equal == 0).all() and (different != 0).all()
 
 
-def test_gdpo_divides_each_reward_by_its_own_spread_in_a_group():
-    wide, narrow = np.random.default_rng(0).normal(0, [[[100]], [[1]]], (2, 3, 8))
-    scores = {"wide": wide.flatten(), "narrow": narrow.flatten()}
-    got = flow_grpo.gdpo({"wide": (None, 1), "narrow": (None, 9)}, scores, 8)
-    standard = lambda own: (own - own.mean(1, keepdims=True)) / own.std(1, keepdims=True)
-    close(got, standard(wide) + 9 * standard(narrow), 1e-3)
-
-
 @pytest.mark.parametrize("advantage, ratio, has_gradient", [
     (1, 1.1, False), (1, 0.9, True), (-1, 0.9, False), (-1, 1.1, True), (1, 1.02, True)])
 def test_clipping_stops_the_gradient_on_its_side_only(advantage, ratio, has_gradient):
@@ -418,8 +410,15 @@ def test_the_metrics_of_an_epoch(monkeypatch):
     (_, _, its_drawn, advantages, _), = updates
     assert its_drawn is drawn
     close(advantages, [-1 / total.std(), 1 / total.std()] * 2 + [0] * 8, 1e-3)
+    # GDPO divides each reward by its own spread in a group: the narrow one counts, too.
     flow_grpo.train_epoch(None, replace(config, combine="gdpo"), reward, train_set, 1)
     close(updates[1][3], [-(3**0.5), 3**0.5] * 2 + [0] * 8, 1e-3)  # of std 1 over the batch
+    wide, narrow = np.random.default_rng(0).normal(0, [[[100]], [[1]]], (2, 3, 4))
+    reward = {"wide": (lambda *_: wide.flatten(), 1), "narrow": (lambda *_: narrow.flatten(), 9)}
+    flow_grpo.train_epoch(None, replace(config, combine="gdpo"), reward, train_set, 1)
+    standard = lambda own: (own - own.mean(1, keepdims=True)) / own.std(1, keepdims=True)
+    expected = standard(wide) + 9 * standard(narrow)
+    close(updates[2][3], (expected / expected.std()).flatten(), 1e-3)
 
 
 def test_the_metrics_of_an_evaluation(monkeypatch, tmp_path):
