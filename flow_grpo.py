@@ -435,8 +435,10 @@ def evaluate(policy, config, reward, test_set, folder, epoch):
     tags = np.repeat([row.get("tag", "") for _, row in test_set], n)  # GenEval's tasks
     for tag in sorted({*tags} - {""}):
         metrics[f"eval_accuracy/{tag}"] = right[tags == tag].mean()
-    if n > 1:
-        metrics["eval_diversity"] = diversity(images, n)
+    if n > 1:  # how far the pixels of a prompt's first and last image differ, from 0 to 1
+        pairs = zip(images[::n], images[n - 1::n])
+        rms = [np.square(np.subtract(a, b, dtype=float)).mean() ** 0.5 / 255 for a, b in pairs]
+        metrics["eval_diversity"] = np.mean(gather_object(rms))
     draw_grid(images[::n], test_set, scores["reward"][::n], folder, epoch)
     return metrics
 
@@ -933,13 +935,6 @@ def score(reward, images, prompts, metadata, key):
     scores = {name: np.array(gather_object(values)) for name, values in scores.items()}
     means = {f"{key}/{name}".removesuffix("/reward"): scores[name].mean() for name in scores}
     return scores, means
-
-
-def diversity(images, n):
-    """Mean rms difference between the pixels of a prompt's first and last image, from 0 to 1"""
-    pairs = zip(images[::n], images[n - 1::n])
-    rms = [np.square(np.subtract(a, b, dtype=float)).mean() ** 0.5 / 255 for a, b in pairs]
-    return np.mean(gather_object(rms))
 
 
 def draw_grid(images, rows, scores, folder, epoch):
