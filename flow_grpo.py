@@ -539,9 +539,8 @@ class Policy:
         return [torch.cat(part) for part in zip(*parts)]
 
     def encode_batch(self, prompts, **options):
-        embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, **options)
-        return embeds, pooled
+        return self.pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, **options)[::2]
 
     def time_grid(self, T, **options):
         """The scheduler's times [T+1], from 1 down to 0"""
@@ -599,16 +598,16 @@ class FluxPolicy(Policy):
     guides_itself = True
 
     def forward(self, x, t, embeds, pooled):
-        pipe, scale = self.pipe, self.pipe.vae_scale_factor
-        B, C, H, W = x.shape
+        packed = torch.nn.functional.pixel_unshuffle(x, 2)  # [B, 4C, H/2, W/2]
+        B, _, H, W = packed.shape
         learned = self.network.config.guidance_embeds  # not by FLUX.1-schnell
         v = self.network(
-            hidden_states=pipe._pack_latents(x, B, C, H, W),  # [B, H/2 * W/2, 4C]
-            img_ids=pipe._prepare_latent_image_ids(B, H // 2, W // 2, x.device, embeds.dtype),
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
-            guidance=torch.full([B], self.config.guidance, device=x.device) if learned else None,
-            timestep=t, encoder_hidden_states=embeds, pooled_projections=pooled)
-        return pipe._unpack_latents(v.sample, H * scale, W * scale, scale)
+            hidden_states=packed.flatten(2).mT,  # [B, H/2 * W/2, 4C]
+            img_ids=self.pipe._prepare_latent_image_ids(B, H, W, x.device, x.dtype),
+            txt_ids=x.new_zeros(embeds.shape[1], 3),
+            guidance=x.new_full([B], self.config.guidance) if learned else None,
+            timestep=t, encoder_hidden_states=embeds, pooled_projections=pooled).sample
+        return torch.nn.functional.pixel_shuffle(v.mT.unflatten(2, (H, W)), 2)
 
     def encode_batch(self, prompts, **options):
         return self.pipe.encode_prompt(prompts, None, **options)[:2]
@@ -623,8 +622,7 @@ class FluxPolicy(Policy):
 class SanaPolicy(Policy):
     """SANA masks its text's padding, has no pooled embedding, and puts an instruction before."""
 
-    lora_layers = [f"{attention}.{layer}" for attention in ("attn1", "attn2")
-                   for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+    lora_layers = ["to_q", "to_k", "to_v", "to_out.0"]  # of attn1, and of attn2 for the text
 
     def __init__(self, pipe, config):
         # Its own scheduler, DPM-Solver, looks back at earlier steps. A policy may not.
