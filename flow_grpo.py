@@ -489,6 +489,7 @@ class Policy:
             target_modules=self.lora_layers)
         # peft keeps the LoRA in float32: bf16 would round small steps away.
         self.network = peft.get_peft_model(pipe.transformer.to(self.device), lora)
+        self.reference = self.network.disable_adapter  # the model that training began with
         self.params = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.params, config.learning_rate, eps=config.adam_eps, weight_decay=1e-4)
@@ -554,10 +555,6 @@ class Policy:
         latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
         return self.pipe.image_processor.postprocess(vae.decode(latents).sample)
 
-    def reference(self):
-        """Within, the model that training began with: the same, without its LoRA"""
-        return self.network.disable_adapter()
-
     @contextmanager
     def averaged(self):
         """Within, the model with the average of its weights"""
@@ -577,8 +574,7 @@ class Policy:
             raise FloatingPointError(f"the gradient's norm is {norm}")
         eps, rms = self.config.adam_eps, norm / math.sqrt(sum(p.numel() for p in self.params))
         if not self.optimizer.state and 0 < rms < 10 * eps:
-            PROCESSES.print(f"the gradient of a weight is about {rms:.0e}: with --adam_eps "
-                            f"{eps:.0e} hardly anything is learned; try 1e-15", flush=True)
+            PROCESSES.print(f"gradients of {rms:.0e} are lost in --adam_eps {eps:.0e}: try 1e-15")
         self.optimizer.step()
         self.optimizer.zero_grad()
         n = self.optimizer.state[self.params[0]]["step"].item()  # updates so far
