@@ -569,9 +569,8 @@ class Policy:
         """One optimizer step with the gradients of all processes -> their norm before clipping"""
         for p in self.params:
             p.grad = reduce(p.grad, "sum")
-        norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm}")
+        norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        check_finite([norm], ["the update"], "the gradients")
         eps, rms = self.config.adam_eps, norm / math.sqrt(sum(p.numel() for p in self.params))
         if not self.optimizer.state and 0 < rms < 10 * eps:
             PROCESSES.print(f"gradients of {rms:.0e} are lost in --adam_eps {eps:.0e}: try 1e-15")
@@ -583,7 +582,7 @@ class Policy:
             decay = min(self.config.ema_decay, (1 + n) / (10 + n))
             for average, p in zip(self.average, self.params):
                 average.lerp_(p.detach(), 1 - decay)
-        return norm
+        return norm.item()
 
 
 class FluxPolicy(Policy):
@@ -920,7 +919,8 @@ def check_finite(values, prompts, what):
     """Raises FloatingPointError for the first prompt with values that are not finite. [B, ...]"""
     for prompt, value in zip(prompts, values):
         if not value.isfinite().all():
-            raise FloatingPointError(f"{what} of {prompt!r} are not finite")
+            raise FloatingPointError(
+                f"{what} of {prompt!r} are not finite; a lower --learning_rate may help")
 
 
 def score(reward, images, prompts, metadata, key):
@@ -971,9 +971,7 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         problem = ("out of GPU memory: lower --batch_size, then add --gradient_checkpointing, "
                    "then --offload")
-    except FloatingPointError as error:
-        problem = f"{error}; a lower --learning_rate may help"
-    except (KeyboardInterrupt, rewards.RewardError, OSError) as error:  # also of a full disk
+    except (KeyboardInterrupt, FloatingPointError, rewards.RewardError, OSError) as error:
         problem = str(error) or "interrupted"
     if config.resume and Path(config.resume, "checkpoint.pt").exists():
         problem += f"; --resume {config.resume} goes on after the last whole epoch"

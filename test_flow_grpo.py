@@ -351,7 +351,7 @@ def test_what_is_not_finite_stops_the_run_before_the_weights_change(monkeypatch)
     policy = load_policy(small())
     drawn, before, advantages = draw(policy), weights(policy), torch.zeros(8)
     advantages[5] = torch.nan
-    with pytest.raises(FloatingPointError, match='losses of \'a sign that says "DOG"\''):
+    with pytest.raises(FloatingPointError, match='losses of .*"DOG".* lower --learning_rate'):
         learn(policy, drawn, advantages)
     with pytest.raises(FloatingPointError, match="gradient"):
         optimize(policy, torch.inf)
@@ -1049,7 +1049,7 @@ def test_a_run_killed_anywhere_resumes_as_if_it_had_not_been(
     (lambda *_: signal.raise_signal(signal.SIGINT), "interrupted"),
     (lambda *_: signal.raise_signal(signal.SIGTERM), "interrupted"),  # a cluster's
     (torch.OutOfMemoryError("CUDA"), "--batch_size.*--gradient_checkpointing.*--offload"),
-    (FloatingPointError("the losses"), "the losses.*--learning_rate"),
+    (FloatingPointError("the losses"), "the losses"),
     (rewards.RewardError("reward x"), "reward x"),
     (OSError(28, "No space left on device"), "No space left")])
 def test_what_ends_a_run_is_one_line_with_how_to_go_on(refused, monkeypatch, problem, says):
