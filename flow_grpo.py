@@ -33,7 +33,6 @@ pipeline of 5 MB for 48 x 48 pixels, is in toy/. rewards.py has the rewards.
 import argparse
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -854,7 +853,7 @@ def begin(config, policy):
 def claim(config):
     """A folder that no other run has: runs/<name>, or the first free of ocr, ocr-2, ocr-3, ..."""
     name = config.name or re.sub(r"[^\w.-]+", "-", config.reward)
-    for number in itertools.count(1):
+    for number in range(1, 10**6):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
@@ -880,9 +879,9 @@ def save(policy, folder, rows):
             scale = 2 if "lora_B" in key else 1  # alpha / rank, which diffusers takes to be 1
             lora[key.replace("base_model.model", "transformer")] = scale * value
     write(folder / "pytorch_lora_weights.safetensors", safetensors.torch.save(lora))
+    tensors, optimizer = policy.params + policy.average, policy.optimizer.state_dict()
     buffer = io.BytesIO()  # no generator: all that is random comes from (seed, epoch)
-    tensors = [p.detach() for p in policy.params + policy.average]
-    torch.save(dict(tensors=tensors, optimizer=policy.optimizer.state_dict(), rows=rows), buffer)
+    torch.save(dict(tensors=tensors, optimizer=optimizer, rows=rows), buffer)
     write(folder / "checkpoint.pt", buffer.getvalue())
 
 
