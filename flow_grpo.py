@@ -170,8 +170,7 @@ def gaussian_kl(mean, mean_ref, kl_std):
     averages over the dimensions. That only changes the weights of the steps and the scale of beta:
     the published 0.04 belongs to the code's form. (With (t-s) the authors used 0.004.)
     """
-    squared = (mean - mean_ref) ** 2
-    kl = squared / (2 * kl_std**2)
+    kl = (mean - mean_ref) ** 2 / (2 * kl_std**2)
     return kl.flatten(1).mean(1)
 
 
@@ -188,8 +187,7 @@ def group_advantages(scores, std_over="batch"):
     dims = (0, 1) if std_over == "batch" else 1
     std = scores.std(dims, unbiased=False, keepdim=True)
     better = scores - scores.mean(1, keepdim=True)
-    advantages = better / (std + 1e-4)
-    return advantages.clamp(-5, 5).float()
+    return (better / (std + 1e-4)).clamp(-5, 5).float()
 
 
 def clipped_loss(ratio, advantages, clip_range):
@@ -207,8 +205,7 @@ def clipped_loss(ratio, advantages, clip_range):
     2510.22319, centres them. Flow-DPPO, 2606.11025, masks by the KL between old and new instead.)
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    gain = torch.min(ratio * advantages, clipped * advantages)
-    return -gain
+    return -torch.min(ratio * advantages, clipped * advantages)
 
 
 # -------------------------------------------------------------------------------------- 2. rollout
