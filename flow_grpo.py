@@ -741,13 +741,16 @@ PRESETS = {
 }
 MAY_BE_0 = "seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts"
 RULES = [
+    f"0 {'<=' if f.name in MAY_BE_0 else '<'} {f.name} < 2**31"
+    for f in fields(Config) if f.type in (int, float)]
+RULES += [
     f"preset in {['', *PRESETS]}", f"report_to in {['', *LOGGER_TYPE_TO_CLASS]}",
     "precision in ['fp32', 'bf16']", "sde in ['flow', 'cps']", "std_over in ['batch', 'group']",
     "combine in ['sum', 'gdpo']", "train_steps >= 2", "group_size >= 2", "ema_decay < 1",
     "noise_level >= 1e-3", "adam_eps >= 1e-18", "max_sequence_length >= 2",
     "window + latest_start < train_steps", "sde == 'flow' or noise_level < 1",
     "group_size % updates == 0", "groups % processes == 0",
-    "eval_prompts == 0 or eval_prompts >= processes"]
+    "eval_prompts == 0 or eval_prompts >= processes", "report_to in installed"]
 MAY_CHANGE = ("name", "resume", "report_to", "epochs", "eval_every", "eval_reward",
               "learning_rate", "batch_size", "gradient_checkpointing", "offload")  # on resuming
 
@@ -757,10 +760,8 @@ def parse_config(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: stop(f"{message}; --help lists the options")
     parser.format_help = lambda: __doc__ + inspect.getsource(Config)  # which explains the options
-    for f in fields(Config):
-        kind = dict(type=f.type)
-        if f.type is bool:  # --offload and, against a preset, --no-offload
-            kind = dict(action=argparse.BooleanOptionalAction)
+    for f in fields(Config):  # a bool has two: --offload and, against a preset, --no-offload
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         parser.add_argument(f"--{f.name}", **kind)
     given = vars(parser.parse_args(argv))
     preset = PRESETS.get(given.get("preset", given.get("reward")), {})
@@ -776,21 +777,13 @@ def parse_config(argv=None):
         if given[name] != saved[name]:
             stop(f"--{name} {given[name]}: the run to resume has {saved[name]}, which must stay")
     config = Config(**preset | saved | given)
-    check(config)
+    values = vars(config) | dict(
+        processes=PROCESSES.num_processes, installed=["", *map(str, get_available_trackers())])
+    for rule in RULES:
+        if not eval(rule, {}, values):
+            broken = [f"{name} {values[name]!r}" for name in rule.split() if name in values]
+            stop(f"--{', '.join(broken)}: {rule} must hold")
     return config
-
-
-def check(config):
-    """Stops with one line for values that cannot work."""
-    options = vars(config) | dict(processes=PROCESSES.num_processes)
-    numbers = [f.name for f in fields(Config) if f.type in (int, float)]
-    ranges = [f"0 {'<=' if name in MAY_BE_0 else '<'} {name} < 2**31" for name in numbers]
-    for rule in ranges + RULES:
-        if not eval(rule, options):
-            values = [f"{name} {options[name]!r}" for name in rule.split() if name in options]
-            stop(f"--{', '.join(values)}: {rule} must hold")
-    if config.report_to not in ["", *map(str, get_available_trackers())]:
-        stop(f"--report_to {config.report_to}: pip install {config.report_to} first")
 
 
 # ------------------------------------------------------------------------- 7. processes and files
