@@ -665,7 +665,6 @@ def load_policy(config, prompts=()):
 # -------------------------------------------------------------------------------------- 6. options
 @dataclass
 class Config:
-    # what to train, on what
     preset: str = ""                   # one of PRESETS; default: that of the reward, if it has one
     reward: str = "ocr"                # of rewards.py, "file.py:function", or "ocr:1,pickscore:0.5"
     eval_reward: str = ""              # the same, but only measured: they show reward hacking
@@ -676,14 +675,12 @@ class Config:
     precision: str = "fp32"            # of the network: fp32, or bf16 for half the memory
     gradient_checkpointing: bool = False  # less memory, slower updates
     offload: bool = False              # text encoders and network take turns on the GPU
-    # the run
     name: str = ""                     # folder under runs/; default: the reward's name, numbered
     resume: str = ""                   # a run's folder, to go on with its own options
     report_to: str = ""                # also log to tensorboard, wandb, trackio, swanlab, ...
     seed: int = 0                      # of everything random: same seed, same machine, same run
     epochs: int = 6                    # an epoch: sample, score, update. 0 only evaluates
     eval_every: int = 3                # epochs between evaluations
-    # sampling
     groups: int = 16                   # prompts an epoch; more: a gradient with less noise
     group_size: int = 8                # images of each prompt; in the paper 6 and 12 collapsed
     train_steps: int = 10              # T of training: enough to tell good from bad
@@ -694,7 +691,6 @@ class Config:
     same_noise: bool = True            # one first noise a group: faster here, worse in the paper
     sde: str = "flow"                  # flow, the paper's, or cps, which leaves no noise in images
     guidance: float = 1.0              # classifier-free. 1 is off. FLUX: its distilled guidance
-    # learning
     updates: int = 2                   # optimizer steps an epoch; clipping acts from the second on
     learning_rate: float = 3e-3        # of AdamW
     lr_decay: bool = True              # it falls to 0 with the last epoch
@@ -707,7 +703,6 @@ class Config:
     ema_decay: float = 0.9             # of the averaged weights that are evaluated. 0 is off
     ema_every: int = 1                 # updates between averagings
     batch_size: int = 64               # samples in a forward pass: memory and speed only
-    # evaluation
     eval_prompts: int = 60             # so many prompts of the test file. 0: all
     eval_per_prompt: int = 2           # images of each, always from the same seeds
 
