@@ -41,7 +41,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -838,14 +838,12 @@ def begin(config, policy):
 def claim(config):
     """A folder that no other run has: runs/<name>, or the first free of ocr, ocr-2, ocr-3, ..."""
     name = config.name or re.sub(r"[^\w.-]+", "-", config.reward)
-    for number in range(1, 10**6):
+    for number in range(1, 2 if config.name else 10**6):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
-        try:
+        with suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            if config.name:
-                stop(f"--name {name}: {folder} exists; take another, or --resume {folder}")
+    stop(f"--name {name}: {folder} exists; take another, or --resume {folder}")
 
 
 @PROCESSES.on_main_process
