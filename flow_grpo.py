@@ -470,7 +470,6 @@ class Policy:
     lora_layers = [  # the official code's: joint attention, for the image's tokens and the text's
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
-    guides_itself = False
 
     def __init__(self, pipe, config):
         self.pipe, self.config, self.device = pipe, config, PROCESSES.device
@@ -500,19 +499,17 @@ class Policy:
         Classifier-free guidance makes one velocity of two, and so one Gaussian: that is the policy.
         Sampling and training must share it, or the ratio would compare two policies.
         """
-        t = t.flatten().expand(len(x))
-        condition = [c.to(self.device) for c in condition]
-        guided = self.config.guidance != 1 and not self.guides_itself
-        if guided:
-            x, t = torch.cat([x, x]), torch.cat([t, t])
-            condition = [torch.cat([c, empty.to(c).expand_as(c)])
-                         for c, empty in zip(condition, self.empty)]
-        with torch.autocast(x.device.type, torch.bfloat16, self.config.precision == "bf16"):
-            v = self.forward(x.to(self.network.dtype), t, *condition).float()
-        if guided:
-            v, v_empty = v.chunk(2)  # the gradient flows through both
+        v = self.predict(x, t, condition)
+        if self.config.guidance != 1:
+            v_empty = self.predict(x, t, self.empty)  # the gradient flows through both
             v = v_empty + self.config.guidance * (v - v_empty)
         return v
+
+    def predict(self, x, t, condition):
+        t = t.flatten().expand(len(x))
+        condition = [c.to(self.device).expand(len(x), *c.shape[1:]) for c in condition]
+        with torch.autocast(x.device.type, torch.bfloat16, self.config.precision == "bf16"):
+            return self.forward(x.to(self.network.dtype), t, *condition).float()
 
     def forward(self, x, t, embeds, pooled):
         return self.network(
@@ -586,7 +583,7 @@ class FluxPolicy(Policy):
 
     lora_layers = Policy.lora_layers + [
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
-    guides_itself = True
+    velocity = Policy.predict  # without the empty prompt
 
     def forward(self, x, t, embeds, pooled):
         packed = torch.nn.functional.pixel_unshuffle(x, 2)  # [B, 4C, H/2, W/2]
