@@ -586,7 +586,7 @@ class FluxPolicy(Policy):
     velocity = Policy.predict  # without the empty prompt
 
     def forward(self, x, t, embeds, pooled):
-        packed = torch.nn.functional.pixel_unshuffle(x, 2)  # [B, 4C, H/2, W/2]
+        packed = torch.pixel_unshuffle(x, 2)  # [B, 4C, H/2, W/2]
         B, _, H, W = packed.shape
         learned = self.network.config.guidance_embeds  # not by FLUX.1-schnell
         v = self.network(
@@ -595,7 +595,7 @@ class FluxPolicy(Policy):
             txt_ids=x.new_zeros(embeds.shape[1], 3),
             guidance=x.new_full([B], self.config.guidance) if learned else None,
             timestep=t, encoder_hidden_states=embeds, pooled_projections=pooled).sample
-        return torch.nn.functional.pixel_shuffle(v.mT.unflatten(2, (H, W)), 2)
+        return torch.pixel_shuffle(v.mT.unflatten(2, (H, W)), 2)
 
     def encode_batch(self, prompts, **options):
         return self.pipe.encode_prompt(prompts, None, **options)[:2]
