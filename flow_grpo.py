@@ -372,9 +372,8 @@ def check_ratio(ratio, clip_range):
 
 # ------------------------------------------------------------------------------------- 4. training
 def redness(images, prompts, metadata):
-    """A reward in three lines: how much more red than green or blue. Yours can be as simple."""
-    pixels = [np.asarray(image, float) / 255 for image in images]
-    means = [image.mean((0, 1)) for image in pixels]
+    """A reward in two lines: how much more red than green or blue. Yours can be as simple."""
+    means = [np.asarray(image).mean((0, 1)) / 255 for image in images]
     return [r - max(g, b) for r, g, b in means]
 
 
