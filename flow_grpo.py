@@ -60,6 +60,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather, gather_object, reduce
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 import rewards
@@ -487,7 +488,7 @@ class Policy:
         self.params = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.params, config.learning_rate, eps=config.adam_eps, weight_decay=1e-4)
-        self.average = [p.detach().clone() for p in self.params]
+        self.average = parameters_to_vector(self.params).detach()  # of the params, in one row
         self.empty = self.encode([""])  # for guidance
         side = config.resolution // pipe.vae_scale_factor
         self.latent_shape = (pipe.vae.config.latent_channels, side, side)
@@ -550,12 +551,10 @@ class Policy:
     @contextmanager
     def averaged(self):
         """Within, the model with the average of its weights"""
-        own = [p.data for p in self.params]
-        for p, average in zip(self.params, self.average):
-            p.data = average
+        own = parameters_to_vector(self.params)
+        vector_to_parameters(self.average, self.params)
         yield
-        for p, data in zip(self.params, own):
-            p.data = data
+        vector_to_parameters(own, self.params)
 
     def optimize(self):
         """One optimizer step with the gradients of all processes -> their norm before clipping"""
@@ -563,7 +562,7 @@ class Policy:
             p.grad = reduce(p.grad, "sum")
         norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0)
         check_finite([norm], ["the update"], "the gradients")
-        eps, rms = self.config.adam_eps, norm / math.sqrt(sum(p.numel() for p in self.params))
+        eps, rms = self.config.adam_eps, norm / math.sqrt(len(self.average))
         if not self.optimizer.state and 0 < rms < 10 * eps:
             PROCESSES.print(f"gradients of {rms:.0e} are lost in --adam_eps {eps:.0e}: try 1e-15")
         self.optimizer.step()
@@ -572,8 +571,7 @@ class Policy:
         if n % self.config.ema_every == 0 or self.config.ema_decay == 0:
             # The decay grows, so that the average does not stick to the start (official ema.py).
             decay = min(self.config.ema_decay, (1 + n) / (10 + n))
-            for average, p in zip(self.average, self.params):
-                average.lerp_(p.detach(), 1 - decay)
+            self.average.lerp_(parameters_to_vector(self.params).detach(), 1 - decay)
         return norm.item()
 
 
@@ -858,7 +856,7 @@ def save(policy, folder, rows):
             scale = 2 if "lora_B" in key else 1  # alpha / rank, which diffusers takes to be 1
             lora[key.replace("base_model.model", "transformer")] = scale * value
     write(folder / "pytorch_lora_weights.safetensors", safetensors.torch.save(lora))
-    tensors, optimizer = policy.params + policy.average, policy.optimizer.state_dict()
+    tensors, optimizer = [*policy.params, policy.average], policy.optimizer.state_dict()
     buffer = io.BytesIO()  # no generator: all that is random comes from (seed, epoch)
     torch.save(dict(tensors=tensors, optimizer=optimizer, rows=rows), buffer)
     write(folder / "checkpoint.pt", buffer.getvalue())
@@ -868,7 +866,7 @@ def load(policy, folder):
     """Puts a checkpoint back -> the metrics so far"""
     try:
         state = torch.load(f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
-        for own, saved in zip(policy.params + policy.average, state["tensors"]):
+        for own, saved in zip([*policy.params, policy.average], state["tensors"]):
             own.data.copy_(saved)
         policy.optimizer.load_state_dict(state["optimizer"])
         return state["rows"]
