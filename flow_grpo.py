@@ -916,7 +916,7 @@ def draw_grid(images, rows, scores, folder, epoch):
     for n, (image, (prompt, _), value) in enumerate(zip(images, rows, scores)):
         x, y = n % 8 * 150 + 8, n // 8 * 180 + 38
         pen.text((x, y), f"{prompt[:24]}\n{value:.2f}", "black", font_size=11)
-        sheet.paste(image.resize((140, 140), Image.Resampling.LANCZOS), (x, y + 30))
+        sheet.paste(image.resize((140, 140)), (x, y + 30))
     if PROCESSES.is_main_process:
         (folder / "samples").mkdir(exist_ok=True)
         sheet.save(folder / f"samples/{epoch:04d}.png")
@@ -924,19 +924,18 @@ def draw_grid(images, rows, scores, folder, epoch):
 
 def draw_results(folder, rows):
     """before_after.png, film.gif of all evaluations, and curve.png"""
-    frames = [Image.open(path).convert("RGB") for path in sorted(folder.glob("samples/*.png"))]
+    frames = [Image.open(path) for path in sorted(folder.glob("samples/*.png"))]
     Image.fromarray(np.vstack([frames[0], frames[-1]])).save(folder / "before_after.png")
     palette = Image.fromarray(np.vstack(frames)).quantize()  # one for all, or colours jump
     film = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     film[0].save(folder / "film.gif", save_all=True, append_images=film[1:], duration=1000, loop=0)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, style in (("reward", "-"), ("eval_reward", "o-"), ("eval_accuracy", "s-")):
+    axes = Figure(layout="constrained").subplots()
+    for key in ("reward", "eval_reward", "eval_accuracy"):
         points = [(row["epoch"], row[key]) for row in rows if key in row]
-        axes.plot(*np.reshape(points, (-1, 2)).T, style, label=key)
+        axes.plot(*np.reshape(points, (-1, 2)).T, "o-", label=key)
     axes.set(xlabel="epoch", title=folder.name)
     axes.legend()
-    figure.savefig(folder / "curve.png", dpi=110)
+    axes.figure.savefig(folder / "curve.png")
 
 
 def main(argv=None):
