@@ -522,17 +522,14 @@ class Policy:
         if self.config.offload:
             self.network.cpu()
         self.encoders.to(self.device)
-        options = dict(device=self.device, max_sequence_length=self.config.max_sequence_length)
-        size, parts = self.config.batch_size, []
-        for start in range(0, len(prompts), size):
-            part = self.encode_batch(prompts[start:start + size], **options)
-            parts.append([c.cpu() for c in part])
+        condition = self.ask_encoders(
+            prompts, device=self.device, max_sequence_length=self.config.max_sequence_length)
         if self.config.offload:
             self.encoders.cpu()
             self.network.to(self.device)
-        return [torch.cat(part) for part in zip(*parts)]
+        return [c.cpu() for c in condition]
 
-    def encode_batch(self, prompts, **options):
+    def ask_encoders(self, prompts, **options):
         return self.pipe.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, **options)[::2]
 
@@ -594,7 +591,7 @@ class FluxPolicy(Policy):
             timestep=t, encoder_hidden_states=embeds, pooled_projections=pooled).sample
         return torch.pixel_shuffle(v.mT.unflatten(2, (H, W)), 2)
 
-    def encode_batch(self, prompts, **options):
+    def ask_encoders(self, prompts, **options):
         return self.pipe.encode_prompt(prompts, None, **options)[:2]
 
     def time_grid(self, T):
@@ -619,7 +616,7 @@ class SanaPolicy(Policy):
             hidden_states=x, timestep=1000 * self.network.config.timestep_scale * t,
             encoder_hidden_states=embeds, encoder_attention_mask=mask).sample
 
-    def encode_batch(self, prompts, **options):
+    def ask_encoders(self, prompts, **options):
         defaults = inspect.signature(self.pipe.__call__).parameters
         instruction = defaults["complex_human_instruction"].default if any(prompts) else None
         return self.pipe.encode_prompt(
