@@ -648,8 +648,7 @@ def load_policy(config, prompts=()):
     tokenizer = [part for name, part in pipe.components.items() if "tokenizer" in name and part][-1]
     unknown = [p for p in prompts if tokenizer.unk_token_id in tokenizer(p).input_ids]
     if unknown:
-        PROCESSES.print(f"{len(unknown)} prompts have a word that the model does not know, such as "
-                        f"{unknown[0]!r}")
+        PROCESSES.print(f"{len(unknown)} prompts have an unknown word, such as {unknown[0]!r}")
     return policy
 
 
@@ -941,8 +940,7 @@ def main(argv=None):
     try:
         return train(config)
     except torch.OutOfMemoryError:
-        problem = ("out of GPU memory: lower --batch_size, then add --gradient_checkpointing, "
-                   "then --offload")
+        problem = "out of GPU memory: lower --batch_size, add --gradient_checkpointing, --offload"
     except (KeyboardInterrupt, FloatingPointError, rewards.RewardError, OSError) as error:
         problem = str(error) or "interrupted"
     if config.resume and Path(config.resume, "checkpoint.pt").exists():
