@@ -254,24 +254,19 @@ def choose_window(config, rng):
     return range(start, start + config.window)
 
 
-def normal(policy, generators):
-    """Standard normal noise [B, C, H, W], for each image from its own generator"""
-    noise = [torch.randn(policy.latent_shape, generator=own) for own in generators]
-    return torch.stack(noise).to(policy.device)
-
-
-def draw(policy, x, prompts, condition, steps, window, generators):
-    """The first noise x [B, C, H, W] -> the final x, and latents and log_prob as in Rollout"""
-    latents = x.new_empty(len(x), len(window) + 1, *policy.latent_shape)
+def draw(policy, noise, prompts, condition, steps, window):
+    """noise [B, K+1, C, H, W], the first x and what the SDE steps add -> the last x, and the path:
+    latents and log_prob as in Rollout"""
+    x = noise[:, 0]
+    latents = torch.empty_like(noise)
     log_prob = x.new_empty(len(x), len(window))
     for i in range(len(steps.t)):
         step = steps.at(i)
         v = policy.velocity(x, step.t, condition)
         if i in window:
             k = i - window.start
-            noise = normal(policy, generators)
             latents[:, k] = x  # needed for k = 0 only
-            x, log_prob[:, k], _ = sde_step(x, v, step, noise)
+            x, log_prob[:, k], _ = sde_step(x, v, step, noise[:, k + 1])
             latents[:, k + 1] = x
         else:
             x = x + v * (step.s - step.t)  # the ODE
@@ -290,16 +285,16 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
     times = policy.time_grid(T)
     steps = sde_steps(times, config.noise_level, config.sde)
     condition = policy.encode(prompts)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = normal(policy, generators)
-    noise = noise[::alike].repeat_interleave(alike, 0)  # `alike` images in a row get the same
+    shape = len(window) + 1, *policy.latent_shape
+    noise = torch.stack(  # an image's noise depends on its seed only
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise[:, 0] = noise[::alike, 0].repeat_interleave(alike, 0)  # `alike` in a row begin the same
     images, paths = [], []
     starts = range(0, len(seeds), config.batch_size)
     for start in progress(starts, "sampling"):
         micro = slice(start, start + config.batch_size)
-        own_condition = [c[micro] for c in condition]
-        x, *path = draw(
-            policy, noise[micro], prompts[micro], own_condition, steps, window, generators[micro])
+        own_noise, own_condition = noise[micro].to(policy.device), [c[micro] for c in condition]
+        x, *path = draw(policy, own_noise, prompts[micro], own_condition, steps, window)
         images += policy.decode(x)
         paths.append(path)
     latents, log_prob = [torch.cat(parts) for parts in zip(*paths)]
