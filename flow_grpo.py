@@ -455,6 +455,8 @@ def train(config):
         metrics["seconds"] = time.time() - clock
         rows.append({"epoch": epoch} | {key: float(metrics[key]) for key in metrics})
         record(policy, folder, rows, tracker)
+    for key in ("eval_reward", "eval_accuracy"):  # what was gained
+        PROCESSES.print(f"{key} {rows[0][key]:.3f} -> {rows[-1][key]:.3f}")
     tracker.end_training()
 
 
@@ -868,16 +870,13 @@ def load(policy, folder):
 @PROCESSES.on_main_process
 def record(policy, folder, rows, tracker):
     """After an epoch: a line, the metrics, after an evaluation the pictures, and a checkpoint"""
-    base, row = rows[0], rows[-1]
+    row = rows[-1]
     tracker.log(row, step=row["epoch"])
     write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    shown = "epoch", "reward", "kl", "clip_low", "clip_high", "grad_norm", "seconds"
+    shown = "epoch", "reward", "eval_reward", "kl", "clip_low", "clip_high", "grad_norm", "seconds"
     print(*(f"{key} {row[key]:.4g}" for key in shown if key in row), sep=", ", flush=True)
     if "eval_reward" in row:
         draw_results(folder, rows)
-        for key in ("eval_reward", "eval_accuracy"):
-            if base[key] or row[key]:  # no PickScore is 1, so no accuracy
-                print(f"{key} {base[key]:.3f} -> {row[key]:.3f}", flush=True)
     save(policy, folder, rows)  # last: when this epoch is not repeated, the rest is there
 
 
