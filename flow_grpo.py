@@ -39,7 +39,6 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -784,8 +783,7 @@ def my_part(items):
 
 def stop(message):
     """Ends the run with one line and exit code 2, without a traceback."""
-    print("flow_grpo.py:", " ".join(message.split()), file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    argparse.ArgumentParser().exit(2, f"flow_grpo.py: {' '.join(message.split())}\n")
 
 
 def load_prompts(config, split):
