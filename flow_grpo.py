@@ -631,8 +631,6 @@ def load_policy(config, prompts=()):
             source, dtype={"vae": torch.float32, "default": dtype})
         policy = families[type(pipe).__name__](pipe, config)
         policy.time_grid(config.train_steps)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a wrong or damaged folder makes diffusers raise
         stop(f"--model {config.model}: must be one of {', '.join(families)}, with its own "
              "scheduler; is the name right, the licence accepted, the hub reachable? "
