@@ -718,11 +718,10 @@ PRESETS = {
         model="black-forest-labs/FLUX.1-dev", train_steps=6, eval_steps=28, guidance=3.5,
         noise_level=0.9, beta=0.0, lora_rank=64, batch_size=4, gradient_checkpointing=True),
 }
-MAY_BE_0 = "seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts"
-RULES = [
-    f"0 {'<=' if f.name in MAY_BE_0 else '<'} {f.name} < 2**31"
-    for f in fields(Config) if f.type in (int, float)]
-RULES += [
+MAY_BE_0 = "seed epochs window latest_start beta ema_decay eval_prompts".split()
+RANGES = [f"0 {'<=' if f.name in MAY_BE_0 else '<'} {f.name} < 2**31"
+          for f in fields(Config) if f.type in (int, float)]
+RULES = RANGES + [
     f"preset in {['', *PRESETS]}", f"report_to in {['', *LOGGER_TYPE_TO_CLASS]}",
     "precision in ['fp32', 'bf16']", "sde in ['flow', 'cps']", "std_over in ['batch', 'group']",
     "combine in ['sum', 'gdpo']", "train_steps >= 2", "group_size >= 2", "ema_decay < 1",
@@ -730,8 +729,8 @@ RULES += [
     "window + latest_start < train_steps", "sde == 'flow' or noise_level < 1",
     "group_size % updates == 0", "groups % processes == 0",
     "eval_prompts == 0 or eval_prompts >= processes", "report_to in installed"]
-MAY_CHANGE = ("name", "resume", "report_to", "epochs", "eval_every", "eval_reward",
-              "learning_rate", "batch_size", "gradient_checkpointing", "offload")  # on resuming
+MAY_CHANGE = ("name resume report_to epochs eval_every eval_reward learning_rate batch_size "
+              "gradient_checkpointing offload").split()  # on resuming
 
 
 def parse_config(argv=None):
