@@ -862,19 +862,6 @@ def load(policy, folder):
         stop(f"--resume: {folder}/checkpoint.pt is missing, damaged or not of this run ({error})")
 
 
-@PROCESSES.on_main_process
-def record(policy, folder, rows, tracker):
-    """After an epoch: a line, the metrics, after an evaluation the pictures, and a checkpoint"""
-    row = rows[-1]
-    tracker.log(row, step=row["epoch"])
-    write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    shown = "epoch", "reward", "eval_reward", "kl", "clip_low", "clip_high", "grad_norm", "seconds"
-    print(*(f"{key} {row[key]:.4g}" for key in shown if key in row), sep=", ", flush=True)
-    if "eval_reward" in row:
-        draw_results(folder, rows)
-    save(policy, folder, rows)  # last: when this epoch is not repeated, the rest is there
-
-
 # ------------------------------------------------------------------------ 8. numbers and pictures
 def check_finite(values, prompts, what):
     """Raises FloatingPointError for the first prompt with values that are not finite. [B, ...]"""
@@ -907,20 +894,28 @@ def draw_grid(images, rows, scores, folder, epoch):
         sheet.save(folder / f"samples/{epoch:04d}.png")
 
 
-def draw_results(folder, rows):
-    """before_after.png, film.gif of all evaluations, and curve.png"""
-    frames = [Image.open(path) for path in sorted(folder.glob("samples/*.png"))]
-    Image.fromarray(np.vstack([frames[0], frames[-1]])).save(folder / "before_after.png")
-    palette = Image.fromarray(np.vstack(frames)).quantize()  # one for all, or colours jump
-    film = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    film[0].save(folder / "film.gif", save_all=True, append_images=film[1:], duration=1000, loop=0)
-    axes = Figure(layout="constrained").subplots()
-    for key in ("reward", "eval_reward", "eval_accuracy"):
-        points = [(row["epoch"], row[key]) for row in rows if key in row]
-        axes.plot(*np.reshape(points, (-1, 2)).T, "o-", label=key)
-    axes.set(xlabel="epoch", title=folder.name)
-    axes.legend()
-    axes.figure.savefig(folder / "curve.png")
+@PROCESSES.on_main_process
+def record(policy, folder, rows, tracker):
+    """After an epoch: a line, the metrics, after an evaluation the pictures, and a checkpoint"""
+    row = rows[-1]
+    tracker.log(row, step=row["epoch"])
+    write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    shown = "epoch", "reward", "eval_reward", "kl", "clip_low", "clip_high", "grad_norm", "seconds"
+    print(*(f"{key} {row[key]:.4g}" for key in shown if key in row), sep=", ", flush=True)
+    if "eval_reward" in row:
+        frames = [Image.open(path) for path in sorted(folder.glob("samples/*.png"))]
+        Image.fromarray(np.vstack([frames[0], frames[-1]])).save(folder / "before_after.png")
+        palette = Image.fromarray(np.vstack(frames)).quantize()  # one for all, or colours jump
+        first, *others = [frame.quantize(palette=palette, dither=0) for frame in frames]
+        first.save(folder / "film.gif", save_all=True, append_images=others, duration=1000, loop=0)
+        axes = Figure(layout="constrained").subplots()
+        for key in ("reward", "eval_reward", "eval_accuracy"):
+            points = [(row["epoch"], row[key]) for row in rows if key in row]
+            axes.plot(*np.reshape(points, (-1, 2)).T, "o-", label=key)
+        axes.set(xlabel="epoch", title=folder.name)
+        axes.legend()
+        axes.figure.savefig(folder / "curve.png")
+    save(policy, folder, rows)  # last: when this epoch is not repeated, the rest is there
 
 
 def main(argv=None):

@@ -1013,7 +1013,7 @@ def whole_run(tmp_path_factory):
 @pytest.mark.parametrize("n, owner, name, rows", [
     (6, Path, "write_bytes", 1),  # the first epoch's checkpoint
     (3, flow_grpo.Policy, "optimize", 2),
-    (2, flow_grpo, "draw_results", 3),  # the last pictures
+    (2, flow_grpo.Figure, "savefig", 3),  # the last pictures
     (11, Path, "write_bytes", 3)])  # the last LoRA
 def test_a_run_killed_anywhere_resumes_as_if_it_had_not_been(
         desk, whole_run, n, owner, name, rows):
