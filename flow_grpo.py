@@ -254,8 +254,7 @@ def choose_window(config, rng):
 
 
 def draw(policy, noise, prompts, condition, steps, window):
-    """noise [B, K+1, C, H, W], the first x and what the SDE steps add -> the last x, and the path:
-    latents and log_prob as in Rollout"""
+    """The first x and each SDE step's noise, [B, K+1, C, H, W] -> the last x, latents, log_prob"""
     x = noise[:, 0]
     latents = torch.empty_like(noise)
     log_prob = x.new_empty(len(x), len(window))
@@ -281,8 +280,7 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
     But an advantage only compares images of the same T, and for that they are good enough.
     What is learned holds for 40 steps, too: both follow the same v, at more or fewer places.
     """
-    times = policy.time_grid(T)
-    steps = sde_steps(times, config.noise_level, config.sde)
+    steps = sde_steps(policy.time_grid(T), config.noise_level, config.sde)
     condition = policy.encode(prompts)
     shape = len(window) + 1, *policy.latent_shape
     noise = torch.stack(  # an image's noise depends on its seed only
@@ -351,8 +349,7 @@ def losses(policy, config, drawn, advantages, i, k):
     mean_ref = sde_mean(x, v_ref, step)
     kl = gaussian_kl(mean, mean_ref, step.kl_std)  # with beta 0 only logged: how far we are
 
-    prompts = [drawn.prompts[n] for n in i]
-    check_finite(policy_loss + kl, prompts, "the losses")
+    check_finite(policy_loss + kl, [drawn.prompts[n] for n in i], "the losses")
     return policy_loss, kl, ratio
 
 
@@ -867,8 +864,7 @@ def check_finite(values, prompts, what):
     """Raises FloatingPointError for the first prompt with values that are not finite. [B, ...]"""
     for prompt, value in zip(prompts, values):
         if not value.isfinite().all():
-            raise FloatingPointError(
-                f"{what} of {prompt!r} are not finite; a lower --learning_rate may help")
+            raise FloatingPointError(f"{what} of {prompt!r} are not finite: lower --learning_rate")
 
 
 def score(reward, images, prompts, metadata, key):
