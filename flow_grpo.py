@@ -906,8 +906,7 @@ def record(policy, folder, rows, tracker):
         first.save(folder / "film.gif", save_all=True, append_images=others, duration=1000, loop=0)
         axes = Figure(layout="constrained").subplots()
         for key in ("reward", "eval_reward", "eval_accuracy"):
-            points = [(row["epoch"], row[key]) for row in rows if key in row]
-            axes.plot(*np.reshape(points, (-1, 2)).T, "o-", label=key)
+            axes.plot([row.get(key, np.nan) for row in rows], "o-", label=key)
         axes.set(xlabel="epoch", title=folder.name)
         axes.legend()
         axes.figure.savefig(folder / "curve.png")
