@@ -619,17 +619,16 @@ class SanaPolicy(Policy):
 def load_policy(config, prompts=()):
     """The pipeline of --model -> the Policy of its family"""
     rewards.quiet(diffusers, transformers)  # they warn of the toy's unusual VAE
-    families = dict(
-        StableDiffusion3Pipeline=Policy, FluxPipeline=FluxPolicy, SanaPipeline=SanaPolicy)
+    kinds = dict(StableDiffusion3Pipeline=Policy, FluxPipeline=FluxPolicy, SanaPipeline=SanaPolicy)
     source = rewards.TOY if config.model == "toy" else config.model
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     try:  # the VAE stays float32: a reward would see its rounding
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             source, dtype={"vae": torch.float32, "default": dtype})
-        policy = families[type(pipe).__name__](pipe, config)
+        policy = kinds[type(pipe).__name__](pipe, config)
         policy.time_grid(config.train_steps)
     except Exception as error:  # whatever a wrong or damaged folder makes diffusers raise
-        stop(f"--model {config.model}: must be one of {', '.join(families)}, with its own "
+        stop(f"--model {config.model}: must be one of {', '.join(kinds)}, with its own "
              "scheduler; is the name right, the licence accepted, the hub reachable? "
              f"({type(error).__name__}: {error})")
     token = 2 * pipe.vae_scale_factor  # in pixels
