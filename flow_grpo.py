@@ -438,8 +438,7 @@ def train(config):
     policy = load_policy(config, [prompt for prompt, _ in train_set + test_set])
     folder, rows, tracker = begin(config, policy)
     for epoch in range(len(rows), config.epochs + 1):
-        clock = time.time()
-        metrics = {}
+        clock, metrics = time.time(), {}
         if epoch > 0:
             # Once most groups have equal rewards, only the KL has a gradient. It is small, but Adam
             # rescales what is small: at a constant rate the toy can walk back towards the base.
@@ -452,7 +451,8 @@ def train(config):
         rows.append({"epoch": epoch} | {key: float(metrics[key]) for key in metrics})
         record(policy, folder, rows, tracker)
     for key in ("eval_reward", "eval_accuracy"):  # what was gained
-        PROCESSES.print(f"{key} {rows[0][key]:.3f} -> {rows[-1][key]:.3f}")
+        values = [row[key] for row in rows if key in row]
+        PROCESSES.print(f"{key} {values[0]:.3f} -> {values[-1]:.3f}")
     tracker.end_training()
 
 
@@ -460,9 +460,9 @@ def train(config):
 class Policy:
     """A pipeline of SD3's family, as is the toy, with a LoRA, its average and its optimizer"""
 
-    lora_layers = [  # the official code's: joint attention, for the image's tokens and the text's
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+    lora_layers = (  # the official code's: joint attention, for the image's tokens and the text's
+        "attn.to_q attn.to_k attn.to_v attn.to_out.0 "
+        "attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_add_out").split()
 
     def __init__(self, pipe, config):
         self.pipe, self.config, self.device = pipe, config, PROCESSES.device
