@@ -41,6 +41,7 @@ import random
 import re
 import signal
 import sys
+import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -971,13 +972,14 @@ def diversity(images, n):
 def draw_grid(images, rows, scores, folder, epoch):
     """The first 32 images, each under its prompt and score -> samples/<epoch>.png"""
     images = gather_object(images[:32])[:32]
-    sheet = Image.new("RGB", (1200, 40 + 180 * math.ceil(len(images) / 8)), "white")
+    sheet = Image.new("RGB", (1200, 40 + 200 * math.ceil(len(images) / 8)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((8, 4), f"after {epoch} epoch{'s' * (epoch != 1)}", "black", font_size=24)
     for n, (image, (prompt, _), value) in enumerate(zip(images, rows, scores)):
-        x, y = n % 8 * 150 + 8, n // 8 * 180 + 38
-        pen.text((x, y), f"{prompt[:24]}\n{value:.2f}", "black", font_size=11)
-        sheet.paste(image.resize((140, 140), Image.Resampling.LANCZOS), (x, y + 30))
+        x, y = n % 8 * 150 + 8, n // 8 * 200 + 38
+        lines = textwrap.wrap(f"{value:.2f}: {prompt}", 22)[:3]
+        pen.text((x, y), "\n".join(lines), "black", font_size=12)
+        sheet.paste(image.resize((140, 140), Image.Resampling.LANCZOS), (x, y + 48))
     if PROCESSES.is_main_process:
         (folder / "samples").mkdir(exist_ok=True)
         sheet.save(folder / f"samples/{epoch:04d}.png")
