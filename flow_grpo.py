@@ -10,20 +10,20 @@ learning could raise. Flow-GRPO adds randomness, learns from it, and takes it aw
   group_advantages  A reward scores every image. Is it better than the others of its group?
   update            Better images become likelier, worse ones less likely. Clipping keeps an update
                     small. A penalty, the KL divergence, holds the model near its start.
-  evaluate          The ODE draws again, in more steps. These images count.
+  evaluate          The ODE draws again, in more steps. These images are the result.
 
 Symbols
   t, s   time: 1 is noise, 0 is data. A step goes from t down to s. (diffusers says `sigmas`.)
   x      latents at time t: x = (1-t) data + t noise
   v      velocity, v = noise - data: what the network predicts
-  sigma  noise_level * sqrt(t/(1-t)): how much noise the SDE adds. noise_level is the paper's a
+  sigma  noise_level * sqrt(t/(1-t)): how strong the SDE's noise is. noise_level is the paper's a
   T, K   how many steps a drawing has, and how many of them are SDE steps
   B      how many images a tensor has. Square brackets are shapes: [B, ...]
 
-PAPER/CODE marks where the paper and its official code (github.com/yifan123/flow_grpo) differ. We
-follow the code: the published learning rate, clip range and beta were made for it. Chapters 1 to 4
-are the method, 5 drives diffusers' models, 6 to 8 are options, files and pictures. The toy, an SD3
-pipeline of 5 MB for 48 x 48 pixels, is in toy/. rewards.py has the rewards.
+PAPER/CODE marks where the paper and its official code (github.com/yifan123/flow_grpo) differ.
+Mostly we follow the code: the published learning rate, clip range and beta were made for it.
+Chapters 1 to 4 are the method, 5 drives diffusers' models, 6 to 8 are options, files and pictures.
+The toy, an SD3 pipeline of 5 MB for 48 x 48 pixels, is in toy/. rewards.py has the rewards.
 
   python flow_grpo.py --reward ocr                           # teach the toy to write
   python flow_grpo.py --reward flow_grpo.py:redness          # your own reward is a function
@@ -70,7 +70,7 @@ import rewards
 # Pure functions, in float32 whatever the network computes in: the ratio of new to old probability
 # is the exponential of a tiny difference, and half precision would leave nothing of it.
 #
-# As x = (1-t) * data + t * noise = data + t * v, the network's v is a best guess of both:
+# As x = (1-t) * data + t * noise = data + t * v, the network's v gives a best guess of both:
 #     data = x - t * v,   noise = x + (1-t) * v
 # A step mixes them anew for the time s:
 #     x_next = (1-s) * data + keep * noise + std * fresh_noise
@@ -85,9 +85,9 @@ import rewards
 # d = std^2 / (2t) makes both equal, for any sigma: equation 9. (Appendix A of the paper proves it
 # for the whole distribution.) This holds for small steps.
 #
-# CPS is made for large steps. Independent noises of sizes keep and std are like one of size s if
-# keep^2 + std^2 = s^2. So there is never more noise than the network expects. (There may be less:
-# the old noise is a guess, and a guess is smaller.)
+# CPS never leaves noise behind, however large the steps: independent noises of sizes keep and std
+# are like one of size s if keep^2 + std^2 = s^2. But the old noise is a guess, and a guess is
+# smaller than real noise. So CPS makes x a little too narrow.
 
 
 class Steps(NamedTuple):
@@ -96,7 +96,7 @@ class Steps(NamedTuple):
     s: torch.Tensor       # the time after it
     keep: torch.Tensor    # how much of the old noise stays
     std: torch.Tensor     # how much fresh noise is added
-    kl_std: torch.Tensor  # what the KL takes as std: sigma, or for CPS std
+    kl_std: torch.Tensor  # what the KL divides by: sigma, or for CPS std
 
     def at(self, i):
         """Step number i [1, 1, 1, 1], or with i [B] a step for each image [B, 1, 1, 1]"""
@@ -115,7 +115,7 @@ def sde_steps(times, noise_level, sde="flow"):
         keep = torch.sqrt(s**2 - std**2)
         return Steps(t, s, keep, std, kl_std=std)
     # At t = 1 sigma would be infinite. The official code divides by 1-s there: the first std is
-    # noise_level. At a = 0.7 that leaves 4 to 7 % too much noise.
+    # noise_level. That is no small step: with T = 10 the first two leave 4 to 9 % too much noise.
     below_one = torch.where(t == 1, s[0], t)
     sigma = noise_level * torch.sqrt(t / (1 - below_one))
     std = sigma * torch.sqrt(t - s)
@@ -129,7 +129,7 @@ def sde_mean(x, v, step):
     With the flow SDE's keep this is the mean of equation 9, as the paper prints it:
         x + [v + sigma^2 / (2t) * (x + (1-t) * v)] * (s-t)
     What is added to v there, times s-t < 0, is a step to likelier x, along the gradient of log p(x)
-    of the marginal p: -noise/t (equation 27). It leads back as much as fresh noise leads away.
+    of the marginal p: -noise/t (equation 27). It narrows x as much as the fresh noise widens it.
     """
     x, v = x.float(), v.float()
     data = x - step.t * v
@@ -153,11 +153,11 @@ def sde_step(x, v, step, noise=None, x_next=None):
     log_density = -(distance**2) / 2 - normalizer
     # PAPER/CODE: a log-density is a sum over all D dimensions; the code averages. So our ratio is
     # the D-th root of the true one. At ratio 1 its gradient has the same direction: the first
-    # update is a true policy gradient. Later, the root is no importance weight. It only tells how
-    # far the policy has moved, and clipping needs no more. With D = 10^5, a root of 1.001 is a true
-    # ratio of e^100: real models need clip ranges of 1e-4 or less. (For CPS the code also leaves
-    # out 1 / (2 * std^2), which is 0.55 / s^2 at a = 0.8. We keep it. In late steps it is huge, and
-    # they would outweigh all others: CPS wants an early window.)
+    # update is a true policy gradient. Later, the true ratio would correct for images of an older
+    # policy. The root does not: it only tells how far the policy has moved. Clipping needs no more.
+    # With D = 10^5, a root of 1.001 is a true ratio of e^100: so clip ranges are small. (For CPS
+    # the code also leaves out 1 / (2 * std^2), which is 0.55 / s^2 at a = 0.8. We keep it. In late
+    # steps it is huge, and these would outweigh all others: CPS wants an early window.)
     log_prob = log_density.flatten(1).mean(1)
     return x_next, log_prob, mean
 
@@ -202,11 +202,12 @@ def clipped_loss(ratio, advantages, clip_range):
     ratio: how much likelier a step is than when it was drawn. In an epoch's first update it is 1,
     and the gradient is that of log_prob * advantage: a plain policy gradient. Later updates use
     images of an older policy, which say little about a policy far from it. Clipping keeps the new
-    one near. Once the ratio has left the clip range on the side that its advantage wants, min picks
-    the constant: no gradient. On the other side nothing is clipped, so a mistake can be undone.
+    one near. Once the ratio is above the range with a good image, or below it with a bad one, min
+    picks the constant: no gradient. On the other side nothing is clipped: a mistake can be undone.
 
-    (Far from the old policy most ratios are below 1, and few are clipped above. GRPO-Guard, arXiv
-    2510.22319, centres them. Flow-DPPO, 2606.11025, masks by the KL between old and new instead.)
+    (The mean log-ratio is -KL/D, of the KL from old to new policy. So with a large KL most ratios
+    are below 1, and few are clipped above. GRPO-Guard, arXiv 2510.22319, centres them. Flow-DPPO,
+    2606.11025, masks by this KL instead.)
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = torch.min(ratio * advantages, clipped * advantages)
@@ -246,7 +247,7 @@ def choose_window(config, rng):
     PAPER/CODE: the paper trains all steps. The code leaves out the last, and so do we. With SD3 and
     the toy that step begins at t = 0.009 or 0.001: no reward sees noise that small. With FLUX it
     begins at 0.27 (T = 6): such noise would stay in the image. With CPS its std is 0. (The official
-    train_sd3.py still adds this noise, untrained. train_sd3_fast.py ends by the ODE; so do we.)
+    train_sd3.py still adds this noise, untrained. train_sd3_fast.py takes an ODE step; so do we.)
 
     A short window, the authors' later Flow-GRPO-Fast, is enough: the first, noisy steps decide what
     an image shows, so noise there makes the rewards of a group differ most (results/ measures it).
@@ -315,7 +316,7 @@ def update(policy, config, drawn, advantages, rng):
     """An epoch's optimizer steps, each on an equal part of every group's images -> metrics
 
     drawn and advantages [B] are of this process's groups. rng is the same on every process.
-    PAPER/CODE: the code leaves out images whose advantage is 0. We keep them, for their KL.
+    PAPER/CODE: the code leaves out images whose advantage is 0. We keep them: their KL counts.
     """
     size, K = config.group_size, len(drawn.window)
     orders = my_part([rng.sample(range(size), size) for _ in range(config.groups)])
@@ -365,8 +366,8 @@ def check_ratio(ratio, clip_range):
     off = (ratio - 1).abs().max().item()
     if off > min(1e-4, max(clip_range / 2, 1e-5)):  # up to 1e-5 it may be rounding
         stop(f"the ratio is off by {off:.2g} before the first update, where it must be 1: sampling "
-             "and training differ (guidance, dropout, a changed rollout, or, with bf16, "
-             "micro-batches of several sizes: let --batch_size divide the images)")
+             "and training differ (guidance, dropout, a changed rollout, or, with bf16, uneven "
+             "micro-batches: let --batch_size divide the images of a process in one update)")
 
 
 # ------------------------------------------------------------------------------------- 4. training
@@ -408,7 +409,7 @@ def evaluate(policy, config, reward, test_set, folder, epoch):
 
     SDE and ODE follow the same v. A change of v moves the mean of an SDE step and the ODE's step in
     the same direction. And as both have the same marginals, the ODE meets the x that v was trained
-    on. This is exact only for small steps and a perfect v: here we see how far it holds.
+    on. Both are exact only for small steps and a perfect v: here we see how far they hold.
 
     The weights are a moving average: single updates wander, their average less so. Accuracy is the
     share of images whose first reward in --reward is 1, the most that OCR and GenEval give.
@@ -525,7 +526,7 @@ class Policy:
         options = dict(device=self.device, max_sequence_length=self.config.max_sequence_length)
         size, parts = self.config.batch_size, []
         for start in range(0, len(prompts), size):
-            part = self.encode_batch(prompts[start:start + size], **options)
+            part = self.encode_batch(list(prompts[start:start + size]), **options)
             parts.append([c.cpu() for c in part])
         if self.config.offload:
             self.encoders.cpu()
@@ -637,7 +638,7 @@ class SanaPolicy(Policy):
         defaults = inspect.signature(self.pipe.__call__).parameters
         instruction = defaults["complex_human_instruction"].default if any(prompts) else None
         return self.pipe.encode_prompt(
-            list(prompts), False, complex_human_instruction=instruction, **options)[:2]
+            prompts, False, complex_human_instruction=instruction, **options)[:2]
 
 
 def load_policy(config, prompts=()):
@@ -688,7 +689,7 @@ class Config:
     name: str = ""                     # folder under runs/; default: the reward's name, numbered
     resume: str = ""                   # a run's folder, to go on with its own options
     report_to: str = ""                # also log to tensorboard, wandb, trackio, swanlab, ...
-    seed: int = 0                      # of everything random: same seed, same machine, same run
+    seed: int = 0                      # of everything random: on a CPU, same seed, same run
     epochs: int = 6                    # an epoch: sample, score, update. 0 only evaluates
     eval_every: int = 3                # epochs between evaluations
     # sampling
@@ -705,7 +706,7 @@ class Config:
     # learning
     updates: int = 2                   # optimizer steps an epoch; clipping acts from the second on
     learning_rate: float = 3e-3        # of AdamW
-    lr_decay: bool = True              # it falls to 0 with the last epoch
+    lr_decay: bool = True              # it falls evenly; with the next epoch it would be 0
     adam_eps: float = 1e-8             # must be far below the gradients of one weight
     clip_range: float = 1e-3           # how far a ratio may leave 1: less clips more, learns less
     beta: float = 0.5                  # weight of the KL: more keeps quality and slows the reward
@@ -720,14 +721,14 @@ class Config:
     eval_per_prompt: int = 2           # images of each, always from the same seeds
 
 
-# The paper's setting: section 5.1 and, for learning rate, clip range and EMA, the official code,
+# The paper's setting: section 5.1 and, for guidance, learning rate, clip range and EMA, the code,
 # which trains in fp16. Its beta is 0.04 for GenEval and OCR; for PickScore it is 0.01.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
-    precision="bf16", epochs=1000, eval_every=30, groups=48, group_size=24, window=0,
+    precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, window=0,
     same_noise=False, guidance=4.5, learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04,
     ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
-# For one GPU of 24 GB (an estimate). From verl-omni's pull request 178; adam_eps is UniRL's (407).
+# For one GPU of 24 GB (an estimate). From verl-omni's 159 and 178; adam_eps is UniRL's (407).
 FAST = PAPER | dict(
     resolution=384, epochs=100, eval_every=10, groups=8, group_size=8, eval_steps=28, window=3,
     latest_start=2, sde="cps", noise_level=0.8, guidance=1.0, clip_range=1e-5, beta=0.0,
@@ -743,9 +744,10 @@ PRESETS = {
     "sana-0.6b": FAST | dict(  # 8 GB; nobody has reported a run with these numbers
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    "flux.1-dev": PAPER | dict(  # the official train_flux.py; the paper's appendix has only scores
-        model="black-forest-labs/FLUX.1-dev", train_steps=6, eval_steps=28, guidance=3.5,
-        noise_level=0.9, beta=0.0, lora_rank=64, batch_size=4, gradient_checkpointing=True),
+    "flux.1-dev": PAPER | dict(  # the official pickscore_flux; the paper's appendix has only scores
+        model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
+        eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, batch_size=4,
+        gradient_checkpointing=True),
 }
 MAY_BE_0 = "seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts"
 RULES = [
@@ -831,7 +833,7 @@ def load_prompts(config, split):
     rows = []
     try:
         path = text if text.exists() else table
-        for line in filter(str.strip, path.read_text("utf-8-sig").splitlines()):
+        for line in filter(str.strip, path.read_text("utf-8-sig").split("\n")):
             row = json.loads(line) if path == table else {"prompt": line}
             rows.append((row["prompt"].strip(), row))
     except Exception as error:  # whatever a wrong file makes these lines raise
@@ -891,7 +893,7 @@ def save(policy, folder, rows):
         lora = peft.get_peft_model_state_dict(policy.network)
         lora = {f"transformer.{key}": value.contiguous() for key, value in lora.items()}
         write(folder / "pytorch_lora_weights.safetensors", safetensors.torch.save(lora, metadata))
-    buffer = io.BytesIO()  # no generator: all that is random comes from (seed, epoch)
+    buffer = io.BytesIO()  # no generator's state: all that is random comes from (seed, epoch)
     tensors = [p.detach() for p in policy.params + policy.average]
     torch.save(dict(tensors=tensors, optimizer=policy.optimizer.state_dict(), rows=rows), buffer)
     write(folder / "checkpoint.pt", buffer.getvalue())
@@ -920,7 +922,7 @@ def record(policy, folder, rows, tracker):
     if "eval_reward" in row:
         draw_results(folder, rows)
         for key in ("eval_reward", "eval_accuracy"):
-            if base[key] or row[key]:  # no PickScore is 1, so no accuracy
+            if base[key] or row[key]:  # no PickScore is 1: then there is no accuracy
                 print(f"{key} {base[key]:.3f} -> {row[key]:.3f}", flush=True)
     save(policy, folder, rows)  # last: when this epoch is not repeated, the rest is there
 

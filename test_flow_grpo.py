@@ -432,7 +432,6 @@ def test_the_metrics_of_an_evaluation(monkeypatch, tmp_path):
     monkeypatch.setattr(flow_grpo, "rollout", rollout)
     reward = {"bright": (bright, 1.0), "half": (half, 0.0)}
     test_set = [("a", {"tag": "x"}), ("b", {"tag": "y"}), ("c", {"tag": "x"}), ("d", {})]
-    (tmp_path / "samples").mkdir()
     metrics = flow_grpo.evaluate(policy, config, reward, test_set, tmp_path, 12)
     assert asked == [(("a", "a", "b", "b", "c", "c"), (0, 1, 2, 3, 4, 5), 7)]
     assert floats(metrics) == pytest.approx({
@@ -464,7 +463,7 @@ def test_a_rollout_without_noise_is_the_stock_pipelines_image(tmp_path, family, 
     pipe = tiny.pipeline(family)
     pipe.save_pretrained(tmp_path)
     policy = load_policy(small(model=str(tmp_path), resolution=32, guidance=guidance))
-    drawn = flow_grpo.rollout(policy, policy.config, ["a cat", "a dog"], [3, 4], 6)
+    drawn = flow_grpo.rollout(policy, policy.config, ("<pad> cat", "a dog"), [3, 4], 6)
     expected = stock_image(pipe, "a dog", 4, num_inference_steps=6, guidance_scale=guidance)
     other, own = (np.asarray(image, float) for image in drawn.images)
     assert np.abs(own - expected).max() <= 1 < np.abs(other - expected).max()
@@ -884,6 +883,7 @@ def test_a_mistake_gives_one_clear_line_and_exit_code_2(refused, options, says):
 SIGN = b'a sign that says "CAT"\n'
 BENCH = b'{"prompt": "a photo of a bench", "include": [{"class": "bench", "count": 1}]}\n'
 CIRCLE = BENCH.replace(b"bench", b"circle")
+ODD = CIRCLE.replace(b"a photo", "a\u2028photo".encode())  # no end of a line in JSON
 BOM = b"\xef\xbb\xbf"  # the byte order mark is no part of the first prompt
 
 
@@ -894,7 +894,7 @@ BOM = b"\xef\xbb\xbf"  # the byte order mark is no part of the first prompt
     ("ocr", "train.txt", b"\n\n", "train prompt"),
     ("geneval", "train_metadata.jsonl", BOM + CIRCLE + BENCH, "a photo of a bench.*circle"),
     ("geneval", "test_metadata.jsonl", CIRCLE + b'{"text": "a"}\n', "test.*after 1 good.*prompt"),
-    ("geneval", "train_metadata.jsonl", CIRCLE + b"\n" + CIRCLE + b'{"prompt": 7}', "after 2 good"),
+    ("geneval", "train_metadata.jsonl", CIRCLE + b"\n" + ODD + b'{"prompt": 7}', "after 2 good"),
     ("geneval", "train_metadata.jsonl", CIRCLE + b"[1]\n", "after 1 good"),
     ("geneval", "train_metadata.jsonl", b'{"prompt": \n', "after 0 good")])
 def test_every_prompt_is_checked_at_the_start(refused, reward, name, content, says):
