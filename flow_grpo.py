@@ -10,20 +10,20 @@ learning could raise. Flow-GRPO adds randomness, learns from it, and takes it aw
   group_advantages  A reward scores every image. Is it better than the others of its group?
   update            Better images become likelier, worse ones less likely. Clipping keeps an update
                     small. A penalty, the KL divergence, holds the model near its start.
-  evaluate          The ODE draws again, in more steps. These images count.
+  evaluate          The ODE draws again, in more steps. These images are the result.
 
 Symbols
   t, s   time: 1 is noise, 0 is data. A step goes from t down to s. (diffusers says `sigmas`.)
   x      latents at time t: x = (1-t) data + t noise
   v      velocity, v = noise - data: what the network predicts
-  sigma  noise_level * sqrt(t/(1-t)): how much noise the SDE adds. noise_level is the paper's a
+  sigma  noise_level * sqrt(t/(1-t)): how strong the SDE's noise is. noise_level is the paper's a
   T, K   how many steps a drawing has, and how many of them are SDE steps
   B      how many images a tensor has. Square brackets are shapes: [B, ...]
 
-PAPER/CODE marks where the paper and its official code (github.com/yifan123/flow_grpo) differ. We
-follow the code: the published learning rate, clip range and beta were made for it. Chapters 1 to 4
-are the method, 5 drives diffusers' models, 6 to 8 are options, files and pictures. The toy, an SD3
-pipeline of 5 MB for 48 x 48 pixels, is in toy/. rewards.py has the rewards.
+PAPER/CODE marks where the paper and its official code (github.com/yifan123/flow_grpo) differ.
+Mostly we follow the code: the published learning rate, clip range and beta were made for it.
+Chapters 1 to 4 are the method, 5 drives diffusers' models, 6 to 8 are options, files and pictures.
+The toy, an SD3 pipeline of 5 MB for 48 x 48 pixels, is in toy/. rewards.py has the rewards.
 
   python flow_grpo.py --reward ocr                           # teach the toy to write
   python flow_grpo.py --reward flow_grpo.py:redness          # your own reward is a function
@@ -39,6 +39,7 @@ import os
 import random
 import re
 import signal
+import textwrap
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -55,7 +56,7 @@ import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather, gather_object, reduce
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
@@ -68,7 +69,7 @@ import rewards
 # Pure functions, in float32 whatever the network computes in: the ratio of new to old probability
 # is the exponential of a tiny difference, and half precision would leave nothing of it.
 #
-# As x = (1-t) * data + t * noise = data + t * v, the network's v is a best guess of both:
+# As x = (1-t) * data + t * noise = data + t * v, the network's v gives a best guess of both:
 #     data = x - t * v,   noise = x + (1-t) * v
 # A step mixes them anew for the time s:
 #     x_next = (1-s) * data + keep * noise + std * fresh_noise
@@ -80,12 +81,11 @@ import rewards
 # Why does the SDE keep the marginal, the distribution of x at one time? Fresh noise adds std^2 to
 # the variance of x. Dropping d * noise, a small part of the old noise, lowers it by
 # 2 * d * cov(x, noise). This covariance is t, for the real noise and for the best guess of it. So
-# d = std^2 / (2t) makes both equal, for any sigma: equation 9. (Appendix A of the paper proves it
-# for the whole distribution.) This holds for small steps.
+# d = std^2 / (2t) makes both equal, for small steps and any sigma: equation 9 (and appendix A).
 #
-# CPS is made for large steps. Independent noises of sizes keep and std are like one of size s if
-# keep^2 + std^2 = s^2. So there is never more noise than the network expects. (There may be less:
-# the old noise is a guess, and a guess is smaller.)
+# CPS never leaves noise behind, however large the steps: independent noises of sizes keep and std
+# are like one of size s if keep^2 + std^2 = s^2. But the old noise is a guess, and a guess is
+# smaller than real noise. So CPS makes x a little too narrow.
 
 
 class Steps(NamedTuple):
@@ -94,7 +94,7 @@ class Steps(NamedTuple):
     s: torch.Tensor       # the time after it
     keep: torch.Tensor    # how much of the old noise stays
     std: torch.Tensor     # how much fresh noise is added
-    kl_std: torch.Tensor  # what the KL takes as std: sigma, or for CPS std
+    kl_std: torch.Tensor  # what the KL divides by: sigma, or for CPS std
 
     def at(self, i):
         """Step number i [1, 1, 1, 1], or with i [B] a step for each image [B, 1, 1, 1]"""
@@ -113,7 +113,7 @@ def sde_steps(times, noise_level, sde="flow"):
         keep = torch.sqrt(s**2 - std**2)
         return Steps(t, s, keep, std, kl_std=std)
     # At t = 1 sigma would be infinite. The official code divides by 1-s there: the first std is
-    # noise_level. At a = 0.7 that leaves 4 to 7 % too much noise.
+    # noise_level. That is no small step: with T = 10 the first two leave 4 to 9 % too much noise.
     below_one = torch.where(t == 1, s[0], t)
     sigma = noise_level * torch.sqrt(t / (1 - below_one))
     std = sigma * torch.sqrt(t - s)
@@ -127,7 +127,7 @@ def sde_mean(x, v, step):
     With the flow SDE's keep this is the mean of equation 9, as the paper prints it:
         x + [v + sigma^2 / (2t) * (x + (1-t) * v)] * (s-t)
     What is added to v there, times s-t < 0, is a step to likelier x, along the gradient of log p(x)
-    of the marginal p: -noise/t (equation 27). It leads back as much as fresh noise leads away.
+    of the marginal p: -noise/t (equation 27). It narrows x as much as the fresh noise widens it.
     """
     x, v = x.float(), v.float()
     data = x - step.t * v
@@ -151,11 +151,11 @@ def sde_step(x, v, step, noise=None, x_next=None):
     log_density = -(distance**2) / 2 - normalizer
     # PAPER/CODE: a log-density is a sum over all D dimensions; the code averages. So our ratio is
     # the D-th root of the true one. At ratio 1 its gradient has the same direction: the first
-    # update is a true policy gradient. Later, the root is no importance weight. It only tells how
-    # far the policy has moved, and clipping needs no more. With D = 10^5, a root of 1.001 is a true
-    # ratio of e^100: real models need clip ranges of 1e-4 or less. (For CPS the code also leaves
-    # out 1 / (2 * std^2), which is 0.55 / s^2 at a = 0.8. We keep it. In late steps it is huge, and
-    # they would outweigh all others: CPS wants an early window.)
+    # update is a true policy gradient. Later, the true ratio would correct for images of an older
+    # policy. The root does not: it only tells how far the policy has moved. Clipping needs no more.
+    # With D = 10^5, a root of 1.001 is a true ratio of e^100: so clip ranges are small. (For CPS
+    # the code also leaves out 1 / (2 * std^2), which is 0.55 / s^2 at a = 0.8. We keep it. In late
+    # steps it is huge, and these would outweigh all others: CPS wants an early window.)
     log_prob = log_density.flatten(1).mean(1)
     return x_next, log_prob, mean
 
@@ -198,11 +198,11 @@ def clipped_loss(ratio, advantages, clip_range):
     ratio: how much likelier a step is than when it was drawn. In an epoch's first update it is 1,
     and the gradient is that of log_prob * advantage: a plain policy gradient. Later updates use
     images of an older policy, which say little about a policy far from it. Clipping keeps the new
-    one near. Once the ratio has left the clip range on the side that its advantage wants, min picks
-    the constant: no gradient. On the other side nothing is clipped, so a mistake can be undone.
+    one near. Once the ratio is above the range with a good image, or below it with a bad one, min
+    picks the constant: no gradient. On the other side nothing is clipped: a mistake can be undone.
 
-    (Far from the old policy most ratios are below 1, and few are clipped above. GRPO-Guard, arXiv
-    2510.22319, centres them. Flow-DPPO, 2606.11025, masks by the KL between old and new instead.)
+    (Far from the old policy nearly all ratios are below 1: their logs have mean -KL/D. GRPO-Guard,
+    arXiv 2510.22319, centres them. Flow-DPPO, 2606.11025, masks by this KL instead of clipping.)
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -227,7 +227,6 @@ def clipped_loss(ratio, advantages, clip_range):
 @dataclass
 class Rollout:
     images: list            # B PIL images, group after group
-    prompts: list           # B texts
     condition: list         # the encoded prompts: tensors [B, ...]
     steps: Steps            # all T
     window: range           # the K of them that are SDE steps
@@ -241,7 +240,7 @@ def choose_window(config, rng):
     PAPER/CODE: the paper trains all steps. The code leaves out the last, and so do we. With SD3 and
     the toy that step begins at t = 0.009 or 0.001: no reward sees noise that small. With FLUX it
     begins at 0.27 (T = 6): such noise would stay in the image. With CPS its std is 0. (The official
-    train_sd3.py still adds this noise, untrained. train_sd3_fast.py ends by the ODE; so do we.)
+    train_sd3.py still adds this noise, untrained. train_sd3_fast.py takes an ODE step; so do we.)
 
     A short window, the authors' later Flow-GRPO-Fast, is enough: the first, noisy steps decide what
     an image shows, so noise there makes the rewards of a group differ most (results/ measures it).
@@ -278,7 +277,7 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
 
     Denoising reduction: training draws with T = 10. Such images are worse than those of 40 steps.
     But an advantage only compares images of the same T, and for that they are good enough.
-    What is learned holds for 40 steps, too: both follow the same v, at more or fewer places.
+    What is learned holds for 40 steps, too, see evaluate.
     """
     steps = sde_steps(policy.time_grid(T), config.noise_level, config.sde)
     condition = policy.encode(prompts)
@@ -287,15 +286,14 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     noise[:, 0] = noise[::alike, 0].repeat_interleave(alike, 0)  # `alike` in a row begin the same
     images, paths = [], []
-    starts = range(0, len(seeds), config.batch_size)
-    for start in progress(starts, "sampling"):
+    for start in progress(range(0, len(seeds), config.batch_size), "sampling"):
         micro = slice(start, start + config.batch_size)
         own_noise, own_condition = noise[micro].to(policy.device), [c[micro] for c in condition]
         x, *path = draw(policy, own_noise, prompts[micro], own_condition, steps, window)
         images += policy.decode(x)
         paths.append(path)
     latents, log_prob = [torch.cat(parts) for parts in zip(*paths)]
-    return Rollout(images, prompts, condition, steps, window, latents, log_prob)
+    return Rollout(images, condition, steps, window, latents, log_prob)
 
 
 # --------------------------------------------------------------------------------------- 3. update
@@ -303,12 +301,12 @@ def update(policy, config, drawn, advantages, rng):
     """An epoch's optimizer steps, each on an equal part of every group's images -> metrics
 
     drawn and advantages [B] are of this process's groups. rng is the same on every process.
-    PAPER/CODE: the code leaves out images whose advantage is 0. We keep them, for their KL.
+    PAPER/CODE: the code leaves out images whose advantage is 0. We keep them: their KL counts.
     """
     size, K = config.group_size, len(drawn.window)
     orders = my_part([rng.sample(range(size), size) for _ in range(config.groups)])
-    offsets = size * torch.arange(len(orders))  # each group's first image
-    shuffled = offsets[:, None] + torch.tensor(orders)  # [groups, group_size], numbers of images
+    first = size * torch.arange(len(orders))[:, None]  # each group's first image
+    shuffled = first + torch.tensor(orders)  # [groups, group_size], numbers of images
     terms, norms = [], []
     for part in shuffled.chunk(config.updates, dim=1):
         pairs = torch.cartesian_prod(part.flatten(), torch.arange(K))  # each image at each SDE step
@@ -348,8 +346,6 @@ def losses(policy, config, drawn, advantages, i, k):
         v_ref = policy.velocity(x, step.t, condition)
     mean_ref = sde_mean(x, v_ref, step)
     kl = gaussian_kl(mean, mean_ref, step.kl_std)  # with beta 0 only logged: how far we are
-
-    check_finite(policy_loss + kl, [drawn.prompts[n] for n in i], "the losses")
     return policy_loss, kl, ratio
 
 
@@ -358,8 +354,8 @@ def check_ratio(ratio, clip_range):
     off = (ratio - 1).abs().max().item()
     if off > min(1e-4, max(clip_range / 2, 1e-5)):  # up to 1e-5 it may be rounding
         stop(f"the ratio is off by {off:.2g} before the first update, where it must be 1: sampling "
-             "and training differ (guidance, dropout, a changed rollout, or, with bf16, "
-             "micro-batches of several sizes: let --batch_size divide the images)")
+             "and training differ (guidance, dropout, a changed rollout, or, with bf16, uneven "
+             "micro-batches: let --batch_size divide the images of a process in one update)")
 
 
 # ------------------------------------------------------------------------------------- 4. training
@@ -404,7 +400,7 @@ def evaluate(policy, config, reward, test_set, folder, epoch):
 
     SDE and ODE follow the same v. A change of v moves the mean of an SDE step and the ODE's step in
     the same direction. And as both have the same marginals, the ODE meets the x that v was trained
-    on. This is exact only for small steps and a perfect v: here we see how far it holds.
+    on. Both are exact only for small steps and a perfect v: here we see how far they hold.
 
     The weights are a moving average: single updates wander, their average less so. Accuracy is the
     share of images whose first reward in --reward is 1, the most that OCR and GenEval give.
@@ -432,8 +428,7 @@ def evaluate(policy, config, reward, test_set, folder, epoch):
 
 def train(config):
     """The whole run: train, evaluate now and then, write everything down. Epoch 0 is the base."""
-    train_set = load_prompts(config, "train")
-    test_set = load_prompts(config, "test")
+    train_set, test_set = (load_prompts(config, split) for split in ("train", "test"))
     reward, watched = rewards.load_both(config, train_set + test_set)
     policy = load_policy(config, [prompt for prompt, _ in train_set + test_set])
     folder, rows, tracker = begin(config, policy)
@@ -452,7 +447,8 @@ def train(config):
         record(policy, folder, rows, tracker)
     for key in ("eval_reward", "eval_accuracy"):  # what was gained
         values = [row[key] for row in rows if key in row]
-        PROCESSES.print(f"{key} {values[0]:.3f} -> {values[-1]:.3f}")
+        if any(values):  # no PickScore is 1: then there is no accuracy
+            PROCESSES.print(f"{key} {values[0]:.3f} -> {values[-1]:.3f}")
     tracker.end_training()
 
 
@@ -515,12 +511,14 @@ class Policy:
         if self.config.offload:
             self.network.cpu()
         self.encoders.to(self.device)
-        condition = self.ask_encoders(
-            prompts, device=self.device, max_sequence_length=self.config.max_sequence_length)
+        options = dict(device=self.device, max_sequence_length=self.config.max_sequence_length)
+        size = self.config.batch_size
+        parts = [self.ask_encoders(list(prompts[start:start + size]), **options)
+                 for start in range(0, len(prompts), size)]
         if self.config.offload:
             self.encoders.cpu()
             self.network.to(self.device)
-        return [c.cpu() for c in condition]
+        return [torch.cat(part).cpu() for part in zip(*parts)]
 
     def ask_encoders(self, prompts, **options):
         return self.pipe.encode_prompt(
@@ -613,7 +611,7 @@ class SanaPolicy(Policy):
         defaults = inspect.signature(self.pipe.__call__).parameters
         instruction = defaults["complex_human_instruction"].default if any(prompts) else None
         return self.pipe.encode_prompt(
-            list(prompts), False, complex_human_instruction=instruction, **options)[:2]
+            prompts, False, complex_human_instruction=instruction, **options)[:2]
 
 
 def load_policy(config, prompts=()):
@@ -628,9 +626,9 @@ def load_policy(config, prompts=()):
         policy = kinds[type(pipe).__name__](pipe, config)
         policy.time_grid(config.train_steps)
     except Exception as error:  # whatever a wrong or damaged folder makes diffusers raise
-        stop(f"--model {config.model}: must be one of {', '.join(kinds)}, with its own "
-             "scheduler; is the name right, the licence accepted, the hub reachable? "
-             f"({type(error).__name__}: {error})")
+        stop(f"--model {config.model}: {type(error).__name__}: {error}. It must be one of "
+             f"{', '.join(kinds)}, with its own scheduler; is the name right, the licence "
+             "accepted, the hub reachable?")
     token = 2 * pipe.vae_scale_factor  # in pixels
     most = token * policy.network.config.get("pos_embed_max_size", 2**20)
     if config.resolution not in range(token, most + 1, token):
@@ -658,7 +656,7 @@ class Config:
     name: str = ""                     # folder under runs/; default: the reward's name, numbered
     resume: str = ""                   # a run's folder, to go on with its own options
     report_to: str = ""                # also log to tensorboard, wandb, trackio, swanlab, ...
-    seed: int = 0                      # of everything random: same seed, same machine, same run
+    seed: int = 0                      # of everything random: on a CPU, same seed, same run
     epochs: int = 6                    # an epoch: sample, score, update. 0 only evaluates
     eval_every: int = 3                # epochs between evaluations
     groups: int = 16                   # prompts an epoch; more: a gradient with less noise
@@ -673,7 +671,7 @@ class Config:
     guidance: float = 1.0              # classifier-free. 1 is off. FLUX: its distilled guidance
     updates: int = 2                   # optimizer steps an epoch; clipping acts from the second on
     learning_rate: float = 3e-3        # of AdamW
-    lr_decay: bool = True              # it falls to 0 with the last epoch
+    lr_decay: bool = True              # it falls evenly; with the next epoch it would be 0
     adam_eps: float = 1e-8             # must be far below the gradients of one weight
     clip_range: float = 1e-3           # how far a ratio may leave 1: less clips more, learns less
     beta: float = 0.5                  # weight of the KL: more keeps quality and slows the reward
@@ -687,14 +685,14 @@ class Config:
     eval_per_prompt: int = 2           # images of each, always from the same seeds
 
 
-# The paper's setting: section 5.1 and, for learning rate, clip range and EMA, the official code,
+# The paper's setting: section 5.1 and, for guidance, learning rate, clip range and EMA, the code,
 # which trains in fp16. Its beta is 0.04 for GenEval and OCR; for PickScore it is 0.01.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
-    precision="bf16", epochs=1000, eval_every=30, groups=48, group_size=24, window=0,
+    precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, window=0,
     same_noise=False, guidance=4.5, learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04,
     ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
-# For one GPU of 24 GB (an estimate). From verl-omni's pull request 178; adam_eps is UniRL's (407).
+# For one GPU of 24 GB (an estimate). From verl-omni's 159 and 178; adam_eps is UniRL's (407).
 FAST = PAPER | dict(
     resolution=384, epochs=100, eval_every=10, groups=8, group_size=8, eval_steps=28, window=3,
     latest_start=2, sde="cps", noise_level=0.8, guidance=1.0, clip_range=1e-5, beta=0.0,
@@ -710,21 +708,22 @@ PRESETS = {
     "sana-0.6b": FAST | dict(  # 8 GB; nobody has reported a run with these numbers
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    "flux.1-dev": PAPER | dict(  # the official train_flux.py; the paper's appendix has only scores
-        model="black-forest-labs/FLUX.1-dev", train_steps=6, eval_steps=28, guidance=3.5,
-        noise_level=0.9, beta=0.0, lora_rank=64, batch_size=4, gradient_checkpointing=True),
+    "flux.1-dev": PAPER | dict(  # the official pickscore_flux; the paper's appendix has only scores
+        model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
+        eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, batch_size=4,
+        gradient_checkpointing=True),
 }
 MAY_BE_0 = "seed epochs window latest_start beta ema_decay eval_prompts".split()
 RANGES = [f"0 {'<=' if f.name in MAY_BE_0 else '<'} {f.name} < 2**31"
           for f in fields(Config) if f.type in (int, float)]
 RULES = RANGES + [
-    f"preset in {['', *PRESETS]}", f"report_to in {['', *LOGGER_TYPE_TO_CLASS]}",
+    f"preset in {['', *PRESETS]}", "report_to in installed",
     "precision in ['fp32', 'bf16']", "sde in ['flow', 'cps']", "std_over in ['batch', 'group']",
     "combine in ['sum', 'gdpo']", "train_steps >= 2", "group_size >= 2", "ema_decay < 1",
     "noise_level >= 1e-3", "adam_eps >= 1e-18", "max_sequence_length >= 2",
     "window + latest_start < train_steps", "sde == 'flow' or noise_level < 1",
     "group_size % updates == 0", "groups % processes == 0",
-    "eval_prompts == 0 or eval_prompts >= processes", "report_to in installed"]
+    "eval_prompts == 0 or eval_prompts >= processes"]
 MAY_CHANGE = ("name resume report_to epochs eval_every eval_reward learning_rate batch_size "
               "gradient_checkpointing offload").split()  # on resuming
 
@@ -782,12 +781,11 @@ def stop(message):
 def load_prompts(config, split):
     """The dataset's prompts as [(prompt, metadata)], in either layout of the official repository"""
     task = "ocr" if "ocr" in re.split("[,:]", config.reward) else "geneval"
-    folder = Path(config.dataset or f"{rewards.TOY}/{task}")
+    folder, rows = Path(config.dataset or f"{rewards.TOY}/{task}"), []
     text, table = folder / f"{split}.txt", folder / f"{split}_metadata.jsonl"
-    rows = []
     try:
         path = text if text.exists() else table
-        for line in filter(str.strip, path.read_text("utf-8-sig").splitlines()):
+        for line in filter(str.strip, path.read_text("utf-8-sig").split("\n")):
             row = json.loads(line) if path == table else {"prompt": line}
             rows.append((row["prompt"].strip(), row))
     except Exception as error:  # whatever a wrong file makes these lines raise
@@ -806,7 +804,7 @@ def begin(config, policy):
     write(folder / "config.json", json.dumps(vars(config), indent=1).encode())
     save(policy, folder, rows)  # after config.json: a run with a checkpoint can be resumed
     PROCESSES.print(f"{folder}: {config.groups} groups x {config.group_size} images an epoch on "
-                    f"{PROCESSES.num_processes} x {policy.device.type}", flush=True)
+                    f"{PROCESSES.num_processes} x {policy.device.type}")
     tracker = Accelerator(log_with=config.report_to or None, project_dir=folder)
     tracker.init_trackers("flow_grpo", vars(config).copy())
     return folder, rows, tracker
@@ -841,19 +839,20 @@ def save(policy, folder, rows):
             lora[key.replace("base_model.model", "transformer")] = scale * value
     write(folder / "pytorch_lora_weights.safetensors", safetensors.torch.save(lora))
     tensors, optimizer = [*policy.params, policy.average], policy.optimizer.state_dict()
-    buffer = io.BytesIO()  # no generator: all that is random comes from (seed, epoch)
-    torch.save(dict(tensors=tensors, optimizer=optimizer, rows=rows), buffer)
+    buffer = io.BytesIO()  # no generator's state: all that is random comes from (seed, epoch)
+    torch.save((tensors, optimizer, rows), buffer)
     write(folder / "checkpoint.pt", buffer.getvalue())
 
 
 def load(policy, folder):
     """Puts a checkpoint back -> the metrics so far"""
     try:
-        state = torch.load(f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
-        for own, saved in zip([*policy.params, policy.average], state["tensors"]):
+        tensors, optimizer, rows = torch.load(
+            f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
+        for own, saved in zip([*policy.params, policy.average], tensors):
             own.data.copy_(saved)
-        policy.optimizer.load_state_dict(state["optimizer"])
-        return state["rows"]
+        policy.optimizer.load_state_dict(optimizer)
+        return rows
     except Exception as error:  # whatever a damaged file makes torch raise
         stop(f"--resume: {folder}/checkpoint.pt is missing, damaged or not of this run ({error})")
 
@@ -877,13 +876,14 @@ def score(reward, images, prompts, metadata, key):
 def draw_grid(images, rows, scores, folder, epoch):
     """The first 32 images, each under its prompt and score -> samples/<epoch>.png"""
     images = gather_object(images[:32])[:32]
-    sheet = Image.new("RGB", (1200, 40 + 180 * math.ceil(len(images) / 8)), "white")
+    sheet = Image.new("RGB", (1200, 40 + 200 * math.ceil(len(images) / 8)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((8, 4), f"after {epoch} epoch{'s' * (epoch != 1)}", "black", font_size=24)
     for n, (image, (prompt, _), value) in enumerate(zip(images, rows, scores)):
-        x, y = n % 8 * 150 + 8, n // 8 * 180 + 38
-        pen.text((x, y), f"{prompt[:24]}\n{value:.2f}", "black", font_size=11)
-        sheet.paste(image.resize((140, 140)), (x, y + 30))
+        x, y = n % 8 * 150 + 8, n // 8 * 200 + 38
+        text = textwrap.fill(f"{value:.2f}: {prompt}", 22, max_lines=3)
+        pen.text((x, y), text, "black", font_size=12)
+        sheet.paste(image.resize((140, 140)), (x, y + 48))
     if PROCESSES.is_main_process:
         (folder / "samples").mkdir(exist_ok=True)
         sheet.save(folder / f"samples/{epoch:04d}.png")

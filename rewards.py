@@ -45,6 +45,7 @@ def ocr():
     # Many engines of one thread are faster than one engine of many threads. By default rapidocr
     # enlarges small images to 736 pixels and pads each line to a width of 320: slow, for nothing.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this process
     options = {"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1,
                "Det.limit_type": "max", "Det.limit_side_len": 960,
                "Rec.rec_img_shape": [3, 48, 160]}
@@ -74,7 +75,7 @@ def quoted(prompt):
 
 
 def text_score(text, target, distance):
-    """As in the official ocr.py, case and spaces do not count, nor does other text around it."""
+    """Case and spaces do not count, nor what is beside a target that is whole (official ocr.py)."""
     text, target = (words.replace(" ", "").lower() for words in (text, target))
     if target in text:
         return 1.0
@@ -159,8 +160,7 @@ def scene_reward(judge, classes, colors):
 
 
 PHOTO_COLORS = "red orange yellow green blue purple pink brown black white".split()
-# GenEval's names of COCO's 80 classes, in COCO's order. Models differ in the words ("sofa" or
-# "couch"), but not in the order.
+# GenEval's names of COCO's 80 classes, in COCO's order. Models differ in words, not in the order.
 PHOTO_CLASSES = [name.replace("_", " ") for name in """person bicycle car motorcycle airplane bus
 train truck boat traffic_light fire_hydrant stop_sign parking_meter bench bird cat dog horse sheep
 cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard

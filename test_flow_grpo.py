@@ -351,10 +351,8 @@ def test_what_is_not_finite_stops_the_run_before_the_weights_change(monkeypatch)
     policy = load_policy(small())
     drawn, before, advantages = draw(policy), weights(policy), torch.zeros(8)
     advantages[5] = torch.nan
-    with pytest.raises(FloatingPointError, match='losses of .*"DOG".* lower --learning_rate'):
+    with pytest.raises(FloatingPointError, match="gradients.*lower --learning_rate"):
         learn(policy, drawn, advantages)
-    with pytest.raises(FloatingPointError, match="gradient"):
-        optimize(policy, torch.inf)
     assert torch.equal(weights(policy), before)
     monkeypatch.setattr(policy, "velocity", lambda x, t, condition: x / (t > 0.6))
     with pytest.raises(FloatingPointError, match='latents after step 3 of .*"CAT"'):
@@ -465,7 +463,7 @@ def test_a_rollout_without_noise_is_the_stock_pipelines_image(tmp_path, family, 
     pipe = tiny.pipeline(family)
     pipe.save_pretrained(tmp_path)
     policy = load_policy(small(model=str(tmp_path), resolution=32, guidance=guidance))
-    drawn = flow_grpo.rollout(policy, policy.config, ["a cat", "a dog"], [3, 4], 6)
+    drawn = flow_grpo.rollout(policy, policy.config, ("<pad> cat", "a dog"), [3, 4], 6)
     expected = stock_image(pipe, "a dog", 4, num_inference_steps=6, guidance_scale=guidance)
     other, own = (np.asarray(image, float) for image in drawn.images)
     assert np.abs(own - expected).max() <= 1 < np.abs(other - expected).max()
@@ -884,6 +882,7 @@ def test_a_mistake_gives_one_clear_line_and_exit_code_2(refused, options, says):
 SIGN = b'a sign that says "CAT"\n'
 BENCH = b'{"prompt": "a photo of a bench", "include": [{"class": "bench", "count": 1}]}\n'
 CIRCLE = BENCH.replace(b"bench", b"circle")
+ODD = CIRCLE.replace(b"a photo", "a\u2028photo".encode())  # no end of a line in JSON
 BOM = b"\xef\xbb\xbf"  # the byte order mark is no part of the first prompt
 
 
@@ -894,7 +893,7 @@ BOM = b"\xef\xbb\xbf"  # the byte order mark is no part of the first prompt
     ("ocr", "train.txt", b"\n\n", "train prompt"),
     ("geneval", "train_metadata.jsonl", BOM + CIRCLE + BENCH, "a photo of a bench.*circle"),
     ("geneval", "test_metadata.jsonl", CIRCLE + b'{"text": "a"}\n', "test.*after 1 good.*prompt"),
-    ("geneval", "train_metadata.jsonl", CIRCLE + b"\n" + CIRCLE + b'{"prompt": 7}', "after 2 good"),
+    ("geneval", "train_metadata.jsonl", CIRCLE + b"\n" + ODD + b'{"prompt": 7}', "after 2 good"),
     ("geneval", "train_metadata.jsonl", CIRCLE + b"[1]\n", "after 1 good"),
     ("geneval", "train_metadata.jsonl", b'{"prompt": \n', "after 0 good")])
 def test_every_prompt_is_checked_at_the_start(refused, reward, name, content, says):
@@ -1039,7 +1038,7 @@ def test_a_run_killed_anywhere_resumes_as_if_it_had_not_been(
     for file in ("pytorch_lora_weights.safetensors", "before_after.png", "film.gif"):
         assert Path("runs/killed", file).read_bytes() == Path(whole_run, file).read_bytes()
     saved = [torch.load(Path(run, "checkpoint.pt")) for run in ("runs/killed", whole_run)]
-    own, other = ([one["tensors"], one["optimizer"]["state"]] for one in saved)
+    own, other = ([tensors, optimizer["state"]] for tensors, optimizer, rows in saved)
     torch.testing.assert_close(own, other, rtol=0, atol=0)
 
 
@@ -1060,7 +1059,7 @@ def test_a_damaged_run_is_one_line(desk, refused, whole_run):
     shutil.copytree(whole_run, "runs/x")
     path, resume = Path("runs/x/checkpoint.pt"), ["--resume", "runs/x", "--epochs", 3]
     good = path.read_bytes()
-    torch.save(torch.load(path) | dict(tensors=[torch.zeros(3)]), "other")
+    torch.save(([torch.zeros(3)], *torch.load(path)[1:]), "other")
     for damaged in (good[:len(good) // 2], b"hello", b"", Path("other").read_bytes()):
         path.write_bytes(damaged)
         assert "runs/x/checkpoint.pt" in refused(*resume)
@@ -1083,7 +1082,7 @@ def test_going_on_from_a_finished_run_keeps_its_last_evaluation(desk, refused, w
     assert {"grad_norm", "eval_reward"} <= set(longer[3])
     config = json.loads(Path("runs/keep/y/config.json").read_text())
     assert (config["epochs"], config["learning_rate"]) == (3, 0.02)
-    optimizer = torch.load("runs/keep/y/checkpoint.pt")["optimizer"]
+    optimizer = torch.load("runs/keep/y/checkpoint.pt")[1]
     assert optimizer["param_groups"][0]["lr"] == pytest.approx(0.02 / 3)  # the third of three
     run("--resume", "runs/keep/y")  # there is nothing to do
     assert metrics("runs/keep/y") == longer
@@ -1127,7 +1126,7 @@ def test_two_processes_are_as_good_as_one(desk, two, monkeypatch):
     run(*two.options, "one", "--epochs", 2)
     said, _ = two.process.communicate(timeout=300)
     assert two.process.returncode == 0, said
-    one, both = (torch.load(f"runs/{name}/checkpoint.pt")["tensors"] for name in ("one", "two"))
+    one, both = (torch.load(f"runs/{name}/checkpoint.pt")[0] for name in ("one", "two"))
     # The second matrices of the LoRA, which begin at 0: all of them was learned.
     a, b = (torch.cat([t.flatten() for t in tensors if t.shape[-1] == 32])
             for tensors in (one, both))

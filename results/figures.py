@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 RESULTS = Path(__file__).resolve().parent
@@ -150,6 +151,8 @@ def marginals(shown=(0.7, 0.4, 0.2, 0.1, 0.0)):
             ratios = [x[t].std() / modes[0](t) for t in shown]
             ratios += [dots[t].std() / t for t in shown[:-1]]
             lines.append([name, T, *(f"{ratio:.2f}" for ratio in ratios)])
+    for axes in plots:
+        axes.set_xlabel("x_t")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     save(figure, "marginals")
     return table(["std of x_t / exact", "T", *(f"t = {t}" for t in shown),
@@ -161,7 +164,7 @@ def paths(prompt='a sign that says "SNOW"', T=10, seed=3, cell=96):
     policy = flow_grpo.load_policy(flow_grpo.Config(reward="ocr"))
     condition, times = policy.encode([prompt]), policy.time_grid(T)
     kinds = [("ODE", 0, "flow"), ("SDE, a = 0.7", 0.7, "flow"), ("SDE again", 0.7, "flow"),
-             ("SDE, a = 1.5", 1.5, "flow"), ("CPS, a = 0.7", 0.7, "cps")]
+             ("SDE again", 0.7, "flow"), ("CPS, a = 0.7", 0.7, "cps")]
     strip = Image.new("RGB", (120 + (T + 1) * cell, len(kinds) * cell + 24), "white")
     pen, font = ImageDraw.Draw(strip), ImageFont.load_default(14)
     for r, (name, level, sde) in enumerate(kinds):
@@ -172,7 +175,8 @@ def paths(prompt='a sign that says "SNOW"', T=10, seed=3, cell=96):
         for i in range(T + 1):
             image = policy.decode(x)[0].resize((cell - 4, cell - 4), Image.LANCZOS)
             strip.paste(image, (120 + i * cell, r * cell + 24))
-            pen.text((124 + i * cell, 3), f"t = {times[i]:.3g}", "black", font)
+            if r == 0:
+                pen.text((124 + i * cell, 3), f"t = {times[i]:.3g}", "black", font)
             if i < T:
                 step = steps.at(i)
                 with torch.no_grad():
@@ -217,8 +221,6 @@ def noise_decides(prompts=8, size=16, late=5, cell=64):
         axes.set_axis_off()
         axes.set_title(f"one group, noise in step {place}")
     save(figure, "noise_decides")
-    return table(["std within a group, noise in step", *range(T)], *(
-        [title, *(f"{std.mean():.3f}" for std in by_place)] for title, by_place in stds.items()))
 
 
 # ------------------------------------------------------------------------------ what the runs show
@@ -262,12 +264,15 @@ def overview():
     """The three rows of the first page"""
     lines = []
     for task, key, title, option, paper in (
-            ("ocr", "eval_accuracy", "text: whole words", "ocr", "0.59 -> 0.92 (mean reward)"),
+            ("ocr", "eval_accuracy", "text: whole words", "ocr", "0.59 -> 0.92, a mean reward: "),
             ("geneval", "eval_accuracy", "composition: GenEval", "geneval", "0.63 -> 0.95"),
             ("pickscore", "eval_reward", "preference: a toy PickScore, / 26", "toy_pickscore",
-             "0.835 -> 0.897")):
+             "0.835 -> 0.897, another scale")):
         rows = found(f"{task}/default")[f"{task}/default"]
         before = np.mean([row["curves"][key][0] for row in rows])
+        if task == "ocr":  # in the paper's metric
+            paper += f"here {np.mean([row['curves']['eval_reward'][0] for row in rows]):.2f} -> "
+            paper += f"{np.mean(values(rows, 'eval_reward')):.2f}"
         lines.append([title, f"`--reward {option}`", f"{before:.3f}",
                       spread(values(rows, key)), len(rows), paper])
     return table(["held-out prompts", "command", "before", "after: mean (worst to best)", "seeds",
@@ -307,15 +312,14 @@ def pickscore():
 
 def curves():
     """The three tasks: the evaluations of each seed"""
-    panels = (("ocr", "eval_accuracy", "text: whole words"),
-              ("geneval", "eval_accuracy", "composition: scenes right"),
-              ("pickscore", "eval_reward", "preference: toy_pickscore"))
+    panels = (("ocr", "eval_accuracy", "whole words"), ("geneval", "eval_accuracy", "scenes right"),
+              ("pickscore", "eval_reward", "toy_pickscore"))
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (task, key, title) in zip(figure.subplots(1, 3), panels):
         rows = found(f"{task}/default")[f"{task}/default"]
         evaluations(axes, rows, key, BLUE)
-        axes.set(xlabel="epoch", ylabel="held-out prompts")
-        axes.set_title(title, fontsize=10)
+        axes.set(xlabel="epoch", ylabel=title, title=f"{len(rows)} seeds, held-out prompts")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     save(figure, "curves")
 
 
@@ -339,42 +343,86 @@ def hacking():
     save(figure, "hacking")
 
 
+BETA = {"base/ocr": 0.5, "base/geneval": 0.1, "base/pickscore": 0.1,
+        "pickscore/long-beta0.3": 0.3}
+
+
 def kl():
-    """Each task with the KL and without"""
+    """Each task with the KL and without, and the same seeds of both where there are some"""
     keys, lines = ("eval_reward", "eval_diversity", "eval_reward/toy_taste",
                    "eval_reward/toy_sign", "eval_reward/toy_inks"), []
-    for task, with_kl, without in (
-            ("text", "ocr/default", "ocr/beta0"), ("scenes", "geneval/default", "geneval/beta0"),
-            ("preference", "pickscore/default", "pickscore/beta0"),
-            ("preference, high rate, 16 epochs", "pickscore/high-beta0.3", "pickscore/high-beta0"),
-            ("preference, high rate, 48 epochs", "pickscore/long-beta0.3", "pickscore/long-beta0")):
-        for name, rows in found(with_kl, without).items():
-            rows = [row for row in rows if row["curves"]]
-            moved = np.mean([row["curves"]["kl"][-4:] for row in rows])
-            lines.append([task, "no" if name == without else "yes", len(rows),
-                          *(spread(values(rows, key)) for key in keys), f"{moved:.1e}"])
-    return table(["trained on", "KL", "seeds", "its reward", "diversity", "toy_taste", "toy_sign",
-                  "toy_inks", "KL at the end"], *lines)
+    groups = (("text", "base/ocr", "ocr/default", "ocr/beta0"),
+              ("scenes", "base/geneval", "geneval/default", "geneval/beta0"),
+              ("preference", "base/pickscore", "pickscore/default", "pickscore/beta0"),
+              ("preference, high rate, 48 epochs", "pickscore/long-beta0.3", "pickscore/long-beta0"))
+    for task, *names in groups:
+        *others, without = found(*names).values()
+        seeds = {row["seed"] for row in without}
+        paired = [row for row in others[-1] if row["seed"] in seeds]
+        if len(seeds) == len(paired) < len(others[-1]):
+            others.append(paired)
+        for rows in (*others, without):
+            beta, moved = "base", ""
+            if rows[0]["curves"].get("kl"):
+                beta = BETA[names[0]] if rows is not without else 0
+                moved = f"{np.mean([row['curves']['kl'][-4:] for row in rows]):.1e}"
+            count = f"{len(rows)}, as without" if rows is paired else len(rows)
+            cells = [spread(values(rows, key)) for key in keys]
+            drawing = [2 * row["final"]["eval_reward/toy_taste"] - row["final"]["eval_reward"]
+                       for row in rows if task == "scenes"]
+            cells.insert(3, spread(drawing))
+            lines.append([task, beta, count, *cells, moved])
+    return table(["trained on", "beta", "seeds", "its reward", "diversity", "toy_taste", "drawing",
+                  "toy_sign", "toy_inks", "KL at the end"], *lines)
+
+
+def seconds_an_epoch(name):
+    """Of each run that had the machine to itself: the mean of its second and third epoch"""
+    return [np.mean(row["curves"]["seconds"][1:3]) for row in found(f"time/{name}")[f"time/{name}"]]
 
 
 def times():
-    """What an epoch costs: the mean of the second and the third"""
-    names = {"time/T40": "T = 40", "time/T10": "T = 10", "time/T5": "T = 5",
-             "time/T40-window0": "T = 40, all but the last step noisy",
-             "time/T10-window0": "T = 10, the same"}
-    rows = found(*names)
-    return table(["", *(names[name] for name in rows)], [
-        "seconds an epoch", *(f"{np.mean(row['curves']['seconds'][1:3]):.1f}"
-                              for row, in rows.values())])
+    """What an epoch costs"""
+    names = {"T40": "T = 40", "T10": "T = 10", "T5": "T = 5",
+             "T40-window0": "T = 40, all but the last step noisy",
+             "T10-window0": "T = 10, the same"}
+    return table(["", *names.values()], [
+        "seconds an epoch", *(spread(seconds_an_epoch(name), 1) for name in names)])
+
+
+def denoising():
+    """Training reward against the time that training took, on a machine of its own"""
+    panels = {"one noisy step in ten": {"T40": "T = 40", "T5": "T = 5", "default": "T = 10"},
+              "all but the last step noisy, as in the paper": {
+                  "all-steps-T40": "T = 40", "all-steps-T10": "T = 10"}}
+    clocks = {"T40": "T40", "T5": "T5", "default": "T10", "all-steps-T40": "T40-window0",
+              "all-steps-T10": "T10-window0"}
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
+        for name, text in names.items():
+            rows = found(f"dev/ocr/{name}")[f"dev/ocr/{name}"]
+            reward = [row["curves"]["reward"] for row in rows]
+            seconds = np.mean(seconds_an_epoch(clocks[name])) * np.arange(1, len(reward[0]) + 1)
+            color = {"T = 40": ORANGE, "T = 5": BLUE, "T = 10": BLACK}[text]
+            axes.plot(seconds, np.mean(reward, 0), "o-", ms=3, color=color,
+                      label=f"{text} ({len(rows)} seeds)")
+            axes.fill_between(seconds, np.min(reward, 0), np.max(reward, 0), color=color,
+                              alpha=0.12, lw=0)
+        axes.set(title=title, xlabel="seconds of training", ylabel="training reward")
+        axes.set_xscale("log")
+    save(figure, "denoising")
 
 
 # One option at a time, on dev/ocr: the title of a figure, its runs and what they are called
 ABLATIONS = {
-    "denoising": ("Steps while training", {
-        "T40": "T = 40", "default": "T = 10, the default", "T5": "T = 5"}),
+    "steps": ("Steps while training", {
+        "T40": "T = 40, 4 of them noisy", "default": "T = 10, the default", "T5": "T = 5",
+        "all-steps-T40": "T = 40, all but the last noisy, 20 epochs",
+        "all-steps-T10": "T = 10, all but the last noisy, 20 epochs"}),
     "windows": ("Noisy steps", {
         "default": "1, the default", "window2": "2", "window3": "3", "window0": "all but the last",
-        "cps": "1, CPS", "start0-3": "1, beginning at 0 to 3"}),
+        "cps": "1, CPS, noise 0.8, beta 0.05",
+        "start0-3": "1, beginning at 0 to 3"}),
     "noise": ("Noise level", {
         "noise0.1": "0.1", "noise0.4": "0.4", "default": "0.7, the default", "noise1.0": "1.0"}),
     "groups": ("Groups x images of each", {
@@ -391,21 +439,24 @@ ABLATIONS = {
 
 
 def ablation(name):
-    """Training reward, smoothed over three epochs: the seeds' mean, and from worst to best"""
+    """Training reward of each epoch: the seeds' mean, and from worst to best"""
     title, names = ABLATIONS[name]
     all_runs = found(*(f"dev/ocr/{run}" for run in names))
-    if len(all_runs) < 2:
-        raise Missing("runs.jsonl has nothing to compare")
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    for color, (run, rows) in zip(COLORS, all_runs.items()):
-        reward = [np.convolve(row["curves"]["reward"], np.ones(3) / 3, "valid") for row in rows]
-        epochs = np.arange(len(reward[0])) + 2
+    colors = iter(COLORS[1:])
+    for run, rows in all_runs.items():
+        default = run == "dev/ocr/default"  # black, and on top
+        color = BLACK if default else next(colors)
+        reward = [row["curves"]["reward"] for row in rows]
+        epochs = np.arange(len(reward[0])) + 1
         text = f"{names[run.rpartition('/')[2]]} ({len(rows)} seed{'s' * (len(rows) > 1)})"
-        axes.plot(epochs, np.mean(reward, 0), color=color, label=text)
+        axes.plot(epochs, np.mean(reward, 0), "o-", ms=3, color=color, label=text,
+                  zorder=3 if default else 2)
         axes.fill_between(epochs, np.min(reward, 0), np.max(reward, 0), color=color, alpha=0.12,
                           lw=0)
-    axes.set(title=title, xlabel="epoch", ylabel="training reward, mean of 3 epochs")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title=title, xlabel="epoch", ylabel="training reward")
     save(figure, name)
 
 
@@ -472,7 +523,7 @@ def hacked():
         if not there:
             raise Missing(f"there is no runs/{folder}-seed0/samples")
         strips[text] = Image.open(there[which])
-    width, height = strips["before"].width, 2 * 180  # two rows of images with their captions
+    width, height = strips["before"].width, 2 * 200  # two rows of images with their captions
     image = Image.new("RGB", (width + 100, 3 * height), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(16)
     for i, (text, grid) in enumerate(strips.items()):
@@ -482,9 +533,9 @@ def hacked():
 
 
 def main(chosen):
-    functions = (marginals, paths, noise_decides, overview, ocr, geneval, generalisation,
-                 pickscore, curves, hacking, kl, times, ablations, search, pictures, hacked)
-    jobs = {name: functools.partial(ablation, name) for name in ABLATIONS}
+    functions = (marginals, paths, noise_decides, overview, ocr, geneval, generalisation, pickscore,
+                 curves, hacking, kl, times, denoising, ablations, search, pictures, hacked)
+    jobs = {name: functools.partial(ablation, name) for name in ABLATIONS if name != "steps"}
     jobs |= {function.__name__: function for function in functions}
     for name in chosen or jobs:
         try:

@@ -1,9 +1,13 @@
-"""Every run of results/README.md once more: python results/run_all.py [what the name begins with]
+"""The runs of results/README.md with today's defaults, about five hours on 2 cores
 
-A run that has ended becomes one row of runs.jsonl. Names that the file has are skipped, so a
-stopped script goes on where it was. Then `python results/figures.py` draws and fills the tables.
-Runs with a time to report have the machine to themselves. The others go two at a time, with one
-thread each. Everything takes about four hours on 2 cores.
+  python results/run_all.py again.jsonl               # all of them once more
+  python results/run_all.py again.jsonl dev/ocr/T     # those whose names begin so
+  python results/run_all.py                           # those that results/runs.jsonl lacks: none
+
+A run that has ended becomes one row of the file. Names that the file has are skipped, so a stopped
+script goes on where it was. `python results/figures.py` draws results/runs.jsonl and fills the
+tables. Runs with a time to report have the machine to themselves. The others go two at a time,
+with one thread each.
 """
 import json
 import os
@@ -20,7 +24,7 @@ from pathlib import Path
 import torch
 
 TOP = Path(__file__).resolve().parents[1]
-ROWS, LOCK = TOP / "results/runs.jsonl", threading.Lock()
+LOCK = threading.Lock()
 sys.path.insert(0, str(TOP))
 import flow_grpo  # noqa: E402
 
@@ -28,7 +32,7 @@ EDITION = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TOP, text=
                          capture_output=True).stdout
 TASKS = "single_object", "two_object", "counting", "colors", "position", "color_attr"
 
-# What is run: name, options, seeds. The headline seeds were chosen once, before any was run.
+# What is run: name, options, seeds
 THREE = range(3)
 ALL = "--eval_prompts 0"  # an evaluation on every test prompt; it changes nothing else
 OCR = "--reward ocr --eval_reward toy_sign,toy_inks"
@@ -38,6 +42,7 @@ PICKSCORE = "--reward toy_pickscore --eval_reward toy_taste"
 HIGH = "--learning_rate 3e-3 --no-lr_decay --eval_every 8"
 # A part of the training words, so that no test word decides anything
 DEV = f"{OCR} --dataset dev/ocr --eval_every 6"
+LONG = "--window 0 --epochs 20 --eval_every 5"
 SCENES = f"{GENEVAL} --dataset dev/geneval --eval_every 6 {ALL}"
 FEW = f"{SCENES} --groups 32 --group_size 8 --clip_range 5e-4"
 ALONE = "time/"
@@ -66,6 +71,9 @@ RUNS = [
     ("dev/ocr/default", DEV, THREE),
     ("dev/ocr/T40", f"{DEV} --train_steps 40 --window 4", THREE),
     ("dev/ocr/T5", f"{DEV} --train_steps 5", THREE),
+    # the same where all steps but the last are noisy, as in the paper
+    ("dev/ocr/all-steps-T10", f"{DEV} {LONG}", THREE),
+    ("dev/ocr/all-steps-T40", f"{DEV} {LONG} --train_steps 40", THREE),
     ("time/T40", f"{DEV} --train_steps 40 --window 4 --epochs 4", [0]),
     ("time/T10", f"{DEV} --epochs 4", [0]),
     ("time/T5", f"{DEV} --train_steps 5 --epochs 4", [0]),
@@ -183,8 +191,8 @@ def machine():
     return f"{len(cpu)} cores of an {cpu[0]}, torch {torch.__version__}"
 
 
-def run(name, options, seed, threads):
-    """One run, and its row in runs.jsonl"""
+def run(name, options, seed, file, threads):
+    """One run, and its row in the file"""
     folder = TOP / "runs" / name.replace("/", "-")
     command = f"flow_grpo.py {options} --seed {seed}"
     resume = folder.exists()  # this script was stopped in the middle of it
@@ -206,13 +214,13 @@ def run(name, options, seed, threads):
         "options": {key: value for key, value in config.items() if value != default.get(key)},
         "seed": seed, "curves": curves, "final": final, "seconds": None if resume else seconds,
         "machine": machine(), "edition": EDITION.strip()}
-    with LOCK, ROWS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with LOCK, Path(file).open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps(row) + "\n")
 
 
-def main(prefix=""):
-    done = {row["name"] for row in read_jsonl(ROWS)}
-    todo = [(f"{name}/seed{seed}", options, seed) for name, options, seeds in RUNS
+def main(file=TOP / "results/runs.jsonl", prefix=""):
+    done = {row["name"] for row in read_jsonl(Path(file))} if Path(file).exists() else ()
+    todo = [(f"{name}/seed{seed}", options, seed, file) for name, options, seeds in RUNS
             for seed in seeds]
     todo = [job for job in todo if job[0].startswith(prefix) and job[0] not in done]
     write_dev()
