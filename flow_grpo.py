@@ -732,7 +732,7 @@ def parse_config(argv=None):
     """Config's defaults < the preset < the run to resume < the command line: the last one wins."""
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: stop(f"{message}; --help lists the options")
-    parser.format_help = lambda: __doc__ + inspect.getsource(Config)  # which explains the options
+    parser.format_help = lambda: f"{__doc__}\n{inspect.getsource(Config)}"  # it explains them all
     for f in fields(Config):  # a bool has two: --offload and, against a preset, --no-offload
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         parser.add_argument(f"--{f.name}", **kind)
