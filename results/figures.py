@@ -410,6 +410,9 @@ def denoising():
                               alpha=0.12, lw=0)
         axes.set(title=title, xlabel="seconds of training", ylabel="training reward")
         axes.set_xscale("log")
+        ticks = [2, 5, 10, 20, 50] if "one" in title else [5, 10, 20, 50, 100, 200, 500]
+        axes.set_xticks(ticks, ticks)
+        axes.minorticks_off()
     save(figure, "denoising")
 
 
@@ -519,9 +522,9 @@ def hacked():
     for text, folder, which in (("before", "pickscore-long-beta0", 0),
                                 ("with KL", "pickscore-long-beta0.3", -1),
                                 ("without KL", "pickscore-long-beta0", -1)):
-        there = sorted(RUNS.glob(f"{folder}-seed0/samples/*.png"))
+        there = sorted(RUNS.glob(f"{folder}-seed3/samples/*.png"))
         if not there:
-            raise Missing(f"there is no runs/{folder}-seed0/samples")
+            raise Missing(f"there is no runs/{folder}-seed3/samples")
         strips[text] = Image.open(there[which])
     width, height = strips["before"].width, 2 * 200  # two rows of images with their captions
     image = Image.new("RGB", (width + 100, 3 * height), "white")

@@ -62,8 +62,8 @@ RUNS = [
     ("pickscore/beta0", f"{PICKSCORE} --beta 0 {ALL}", THREE),
     ("pickscore/high-beta0.3", f"{PICKSCORE} {HIGH} --beta 0.3 --epochs 16 {ALL}", THREE),
     ("pickscore/high-beta0", f"{PICKSCORE} {HIGH} --beta 0 --epochs 16 {ALL}", THREE),
-    ("pickscore/long-beta0.3", f"{PICKSCORE} {HIGH} --beta 0.3 --epochs 48 {ALL}", THREE),
-    ("pickscore/long-beta0", f"{PICKSCORE} {HIGH} --beta 0 --epochs 48 {ALL}", THREE),
+    ("pickscore/long-beta0.3", f"{PICKSCORE} {HIGH} --beta 0.3 --epochs 48 {ALL}", range(6)),
+    ("pickscore/long-beta0", f"{PICKSCORE} {HIGH} --beta 0 --epochs 48 {ALL}", range(6)),
 
     ("generalisation/default", f"{GENEVAL} --dataset dev/generalisation {ALL}", THREE),
 
@@ -74,11 +74,11 @@ RUNS = [
     # the same where all steps but the last are noisy, as in the paper
     ("dev/ocr/all-steps-T10", f"{DEV} {LONG}", THREE),
     ("dev/ocr/all-steps-T40", f"{DEV} {LONG} --train_steps 40", THREE),
-    ("time/T40", f"{DEV} --train_steps 40 --window 4 --epochs 4", [0]),
-    ("time/T10", f"{DEV} --epochs 4", [0]),
-    ("time/T5", f"{DEV} --train_steps 5 --epochs 4", [0]),
-    ("time/T40-window0", f"{DEV} --train_steps 40 --window 0 --epochs 4", [0]),
-    ("time/T10-window0", f"{DEV} --window 0 --epochs 4", [0]),
+    ("time/T40", f"{DEV} --train_steps 40 --window 4 --epochs 4", THREE),
+    ("time/T10", f"{DEV} --epochs 4", THREE),
+    ("time/T5", f"{DEV} --train_steps 5 --epochs 4", THREE),
+    ("time/T40-window0", f"{DEV} --train_steps 40 --window 0 --epochs 4", THREE),
+    ("time/T10-window0", f"{DEV} --window 0 --epochs 4", THREE),
     ("time/ocr", "--reward ocr", [0]),
     ("time/geneval", "--reward geneval", [0]),
     ("time/pickscore", PICKSCORE, [0]),
