@@ -366,7 +366,7 @@ def kl():
             if rows[0]["curves"].get("kl"):
                 beta = BETA[names[0]] if rows is not without else 0
                 moved = f"{np.mean([row['curves']['kl'][-4:] for row in rows]):.1e}"
-            count = f"{len(rows)}, as without" if rows is paired else len(rows)
+            count = f"{len(rows)}, those of beta 0" if rows is paired else len(rows)
             cells = [spread(values(rows, key)) for key in keys]
             drawing = [2 * row["final"]["eval_reward/toy_taste"] - row["final"]["eval_reward"]
                        for row in rows if task == "scenes"]
