@@ -513,12 +513,12 @@ class Policy:
         self.encoders.to(self.device)
         options = dict(device=self.device, max_sequence_length=self.config.max_sequence_length)
         size = self.config.batch_size
-        parts = [self.ask_encoders(list(prompts[start:start + size]), **options)
-                 for start in range(0, len(prompts), size)]
+        parts = [[c.cpu() for c in self.ask_encoders(list(prompts[i:i + size]), **options)]
+                 for i in range(0, len(prompts), size)]
         if self.config.offload:
             self.encoders.cpu()
             self.network.to(self.device)
-        return [torch.cat(part).cpu() for part in zip(*parts)]
+        return [torch.cat(part) for part in zip(*parts)]
 
     def ask_encoders(self, prompts, **options):
         return self.pipe.encode_prompt(
@@ -538,7 +538,7 @@ class Policy:
 
     @contextmanager
     def averaged(self):
-        """Within, the model with the average of its weights"""
+        """Inside this context, the weights are their average."""
         own = parameters_to_vector(self.params)
         vector_to_parameters(self.average, self.params)
         yield
@@ -628,7 +628,7 @@ def load_policy(config, prompts=()):
     except Exception as error:  # whatever a wrong or damaged folder makes diffusers raise
         stop(f"--model {config.model}: {type(error).__name__}: {error}. It must be one of "
              f"{', '.join(kinds)}, with its own scheduler; is the name right, the licence "
-             "accepted, the hub reachable?")
+             "accepted, the hub reachable, the memory enough (--offload)?")
     token = 2 * pipe.vae_scale_factor  # in pixels
     most = token * policy.network.config.get("pos_embed_max_size", 2**20)
     if config.resolution not in range(token, most + 1, token):
@@ -804,7 +804,7 @@ def begin(config, policy):
     write(folder / "config.json", json.dumps(vars(config), indent=1).encode())
     save(policy, folder, rows)  # after config.json: a run with a checkpoint can be resumed
     PROCESSES.print(f"{folder}: {config.groups} groups x {config.group_size} images an epoch on "
-                    f"{PROCESSES.num_processes} x {policy.device.type}")
+                    f"{PROCESSES.num_processes} x {policy.device.type}", flush=True)
     tracker = Accelerator(log_with=config.report_to or None, project_dir=folder)
     tracker.init_trackers("flow_grpo", vars(config).copy())
     return folder, rows, tracker
@@ -849,7 +849,7 @@ def load(policy, folder):
     try:
         tensors, optimizer, rows = torch.load(
             f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
-        for own, saved in zip([*policy.params, policy.average], tensors):
+        for own, saved in zip([*policy.params, policy.average], tensors, strict=True):
             own.data.copy_(saved)
         policy.optimizer.load_state_dict(optimizer)
         return rows
@@ -895,21 +895,21 @@ def record(policy, folder, rows, tracker):
     row = rows[-1]
     tracker.log(row, step=row["epoch"])
     write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    shown = "epoch", "reward", "eval_reward", "kl", "clip_low", "clip_high", "grad_norm", "seconds"
+    shown = "epoch reward eval_reward eval_accuracy kl clip_low clip_high grad_norm seconds".split()
     print(*(f"{key} {row[key]:.4g}" for key in shown if key in row), sep=", ", flush=True)
     if "eval_reward" in row:
-        frames = [Image.open(path) for path in sorted(folder.glob("samples/*.png"))]
+        frames = [Image.open(path).copy() for path in sorted(folder.glob("samples/*.png"))]
         Image.fromarray(np.vstack([frames[0], frames[-1]])).save(folder / "before_after.png")
         palette = Image.fromarray(np.vstack(frames)).quantize()  # one for all, or colours jump
         first, *others = [frame.quantize(palette=palette, dither=0) for frame in frames]
         first.save(folder / "film.gif", save_all=True, append_images=others, duration=1000, loop=0)
         axes = Figure(layout="constrained").subplots()
-        for key in ("reward", "eval_reward", "eval_accuracy"):
-            axes.plot([row.get(key, np.nan) for row in rows], "o-", label=key)
+        for key in sorted({"reward", "eval_reward", "eval_accuracy"} & row.keys()):
+            axes.plot(*zip(*[(r["epoch"], r[key]) for r in rows if key in r]), "o-", label=key)
         axes.set(xlabel="epoch", title=folder.name)
         axes.legend()
         axes.figure.savefig(folder / "curve.png")
-    save(policy, folder, rows)  # last: when this epoch is not repeated, the rest is there
+    save(policy, folder, rows)  # last: an epoch in the checkpoint has all its other files
 
 
 def main(argv=None):
