@@ -60,7 +60,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather, gather_object, reduce
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 import rewards
@@ -288,8 +288,8 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
     images, paths = [], []
     for start in progress(range(0, len(seeds), config.batch_size), "sampling"):
         micro = slice(start, start + config.batch_size)
-        own_noise, own_condition = noise[micro].to(policy.device), [c[micro] for c in condition]
-        x, *path = draw(policy, own_noise, prompts[micro], own_condition, steps, window)
+        x, *path = draw(policy, noise[micro].to(policy.device), prompts[micro],
+                        [c[micro] for c in condition], steps, window)
         images += policy.decode(x)
         paths.append(path)
     latents, log_prob = [torch.cat(parts) for parts in zip(*paths)]
@@ -419,8 +419,8 @@ def evaluate(policy, config, reward, test_set, folder, epoch):
     for tag in sorted({*tags} - {""}):
         metrics[f"eval_accuracy/{tag}"] = right[tags == tag].mean()
     if n > 1:  # how far the pixels of a prompt's first and last image differ, from 0 to 1
-        pairs = zip(images[::n], images[n - 1::n])
-        rms = [np.square(np.subtract(a, b, dtype=float)).mean() ** 0.5 / 255 for a, b in pairs]
+        rms = [np.square(np.subtract(a, b, dtype=float)).mean() ** 0.5 / 255
+               for a, b in zip(images[::n], images[n - 1::n])]
         metrics["eval_diversity"] = np.mean(gather_object(rms))
     draw_grid(images[::n], test_set, scores["reward"][::n], folder, epoch)
     return metrics
@@ -480,7 +480,7 @@ class Policy:
         self.average = parameters_to_vector(self.params).detach()  # of the params, in one row
         self.empty = self.encode([""])  # for guidance
         side = config.resolution // pipe.vae_scale_factor
-        self.latent_shape = (pipe.vae.config.latent_channels, side, side)
+        self.latent_shape = pipe.vae.config.latent_channels, side, side
 
     def velocity(self, x, t, condition):
         """The network's v in float32. x: [B, C, H, W], t: one time, or one for each image
@@ -495,6 +495,7 @@ class Policy:
         return v
 
     def predict(self, x, t, condition):
+        """The same without guidance. condition: a row for each image, or one for all"""
         t = t.flatten().expand(len(x))
         condition = [c.to(self.device).expand(len(x), *c.shape[1:]) for c in condition]
         with torch.autocast(x.device.type, torch.bfloat16, self.config.precision == "bf16"):
@@ -548,7 +549,7 @@ class Policy:
         """One optimizer step with the gradients of all processes -> their norm before clipping"""
         for p in self.params:
             p.grad = reduce(p.grad, "sum")
-        norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        norm = clip_grad_norm_(self.params, 1.0)
         check_finite([norm], ["the update"], "the gradients")
         eps, rms = self.config.adam_eps, norm / math.sqrt(len(self.average))
         if not self.optimizer.state and 0 < rms < 10 * eps:
@@ -566,8 +567,8 @@ class Policy:
 class FluxPolicy(Policy):
     """FLUX packs its latents, tells the network their places, and has learned to guide itself."""
 
-    lora_layers = Policy.lora_layers + [
-        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    lora_layers = Policy.lora_layers + (
+        "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2").split()
     velocity = Policy.predict  # without the empty prompt
 
     def forward(self, x, t, embeds, pooled):
@@ -595,7 +596,7 @@ class FluxPolicy(Policy):
 class SanaPolicy(Policy):
     """SANA masks its text's padding, has no pooled embedding, and puts an instruction before."""
 
-    lora_layers = ["to_q", "to_k", "to_v", "to_out.0"]  # of attn1, and of attn2 for the text
+    lora_layers = "to_q to_k to_v to_out.0".split()  # of attn1, and of attn2 for the text
 
     def __init__(self, pipe, config):
         # Its own scheduler, DPM-Solver, looks back at earlier steps. A policy may not.
@@ -838,9 +839,8 @@ def save(policy, folder, rows):
             scale = 2 if "lora_B" in key else 1  # alpha / rank, which diffusers takes to be 1
             lora[key.replace("base_model.model", "transformer")] = scale * value
     write(folder / "pytorch_lora_weights.safetensors", safetensors.torch.save(lora))
-    tensors, optimizer = [*policy.params, policy.average], policy.optimizer.state_dict()
     buffer = io.BytesIO()  # no generator's state: all that is random comes from (seed, epoch)
-    torch.save((tensors, optimizer, rows), buffer)
+    torch.save(([*policy.params, policy.average], policy.optimizer.state_dict(), rows), buffer)
     write(folder / "checkpoint.pt", buffer.getvalue())
 
 
@@ -903,10 +903,10 @@ def record(policy, folder, rows, tracker):
         palette = Image.fromarray(np.vstack(frames)).quantize()  # one for all, or colours jump
         first, *others = [frame.quantize(palette=palette, dither=0) for frame in frames]
         first.save(folder / "film.gif", save_all=True, append_images=others, duration=1000, loop=0)
-        axes = Figure(layout="constrained").subplots()
+        axes = Figure().subplots()
         for key in sorted({"reward", "eval_reward", "eval_accuracy"} & row.keys()):
             axes.plot(*zip(*[(r["epoch"], r[key]) for r in rows if key in r]), "o-", label=key)
-        axes.set(xlabel="epoch", title=folder.name)
+        axes.set_xlabel("epoch")
         axes.legend()
         axes.figure.savefig(folder / "curve.png")
     save(policy, folder, rows)  # last: an epoch in the checkpoint has all its other files
