@@ -718,7 +718,7 @@ MAY_BE_0 = "seed epochs window latest_start beta ema_decay eval_prompts".split()
 RANGES = [f"0 {'<=' if f.name in MAY_BE_0 else '<'} {f.name} < 2**31"
           for f in fields(Config) if f.type in (int, float)]
 RULES = RANGES + [
-    f"preset in {['', *PRESETS]}", "report_to in installed",
+    f"preset in {['', *PRESETS]}", "report_to in pip_installed",
     "precision in ['fp32', 'bf16']", "sde in ['flow', 'cps']", "std_over in ['batch', 'group']",
     "combine in ['sum', 'gdpo']", "train_steps >= 2", "group_size >= 2", "ema_decay < 1",
     "noise_level >= 1e-3", "adam_eps >= 1e-18", "max_sequence_length >= 2",
@@ -752,7 +752,7 @@ def parse_config(argv=None):
             stop(f"--{name} {given[name]}: the run to resume has {saved[name]}, which must stay")
     config = Config(**preset | saved | given)
     values = vars(config) | dict(
-        processes=PROCESSES.num_processes, installed=["", *map(str, get_available_trackers())])
+        processes=PROCESSES.num_processes, pip_installed=["", *map(str, get_available_trackers())])
     for rule in RULES:
         if not eval(rule, {}, values):
             broken = [f"{name} {values[name]!r}" for name in rule.split() if name in values]
