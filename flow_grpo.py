@@ -148,7 +148,7 @@ def sde_step(x, v, step, noise=None, x_next=None):
         x_next = mean + step.std * noise
     distance = (x_next - mean) / step.std
     normalizer = torch.log(step.std) + math.log(2 * math.pi) / 2
-    log_density = -(distance**2) / 2 - normalizer
+    log_density = -0.5 * distance**2 - normalizer
     # PAPER/CODE: a log-density is a sum over all D dimensions; the code averages. So our ratio is
     # the D-th root of the true one. At ratio 1 its gradient has the same direction: the first
     # update is a true policy gradient. Later, the true ratio would correct for images of an older
@@ -277,7 +277,7 @@ def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
 
     Denoising reduction: training draws with T = 10. Such images are worse than those of 40 steps.
     But an advantage only compares images of the same T, and for that they are good enough.
-    What is learned holds for 40 steps, too, see evaluate.
+    What is learned holds for 40 steps, too: both follow the same v, at more or fewer places.
     """
     steps = sde_steps(policy.time_grid(T), config.noise_level, config.sde)
     condition = policy.encode(prompts)
@@ -324,8 +324,8 @@ def update(policy, config, drawn, advantages, rng):
     return dict(
         kl=kl.mean(),  # how far the policy is from the base model
         ratio_deviation=moved.abs().max(),  # 0 in the first update, so later ones show here
-        clip_low=(moved < -config.clip_range).float().mean(),  # shares outside the clip range,
-        clip_high=(moved > config.clip_range).float().mean(),  # none of them in the first update
+        clip_low=(moved < -config.clip_range).float().mean(),  # the share below the clip range
+        clip_high=(moved > config.clip_range).float().mean(),  # the share above it
         grad_norm=np.mean(norms))
 
 
@@ -379,13 +379,12 @@ def train_epoch(policy, config, reward, train_set, epoch):
     drawn = rollout(policy, config, prompts, seeds, config.train_steps, window, alike)
     scores, means = score(reward, drawn.images, prompts, metadata, "reward")
     total = compared = torch.tensor(scores["reward"]).view(groups, size)
-    if config.combine == "gdpo":  # arXiv 2601.05242: each reward is divided by its own spread,
-        compared = torch.zeros(groups, size)  # or the one that spreads most would decide most
-        for name, (_, weight) in reward.items():
-            own = torch.tensor(scores[name]).view(groups, size)
-            compared += weight * group_advantages(own, "group")
-    advantages = group_advantages(compared, config.std_over)
-    advantages = my_part(advantages).flatten()
+    if config.combine == "gdpo":  # arXiv 2601.05242
+        # Each reward is divided by its own spread, or the one that spreads most would decide most.
+        compared = sum(
+            weight * group_advantages(torch.tensor(scores[name]).view(groups, size), "group")
+            for name, (_, weight) in reward.items())
+    advantages = my_part(group_advantages(compared, config.std_over)).flatten()
     metrics = update(policy, config, drawn, advantages, rng)
 
     equal = compared.amax(1) == compared.amin(1)
@@ -512,14 +511,15 @@ class Policy:
         if self.config.offload:
             self.network.cpu()
         self.encoders.to(self.device)
+        unique = [*dict.fromkeys(prompts)]  # the images of a group have the same prompt
         options = dict(device=self.device, max_sequence_length=self.config.max_sequence_length)
         size = self.config.batch_size
-        parts = [[c.cpu() for c in self.ask_encoders(list(prompts[i:i + size]), **options)]
-                 for i in range(0, len(prompts), size)]
+        parts = [[c.cpu() for c in self.ask_encoders(unique[i:i + size], **options)]
+                 for i in range(0, len(unique), size)]
         if self.config.offload:
             self.encoders.cpu()
             self.network.to(self.device)
-        return [torch.cat(part) for part in zip(*parts)]
+        return [torch.cat(part)[[unique.index(p) for p in prompts]] for part in zip(*parts)]
 
     def ask_encoders(self, prompts, **options):
         return self.pipe.encode_prompt(
@@ -550,7 +550,8 @@ class Policy:
         for p in self.params:
             p.grad = reduce(p.grad, "sum")
         norm = clip_grad_norm_(self.params, 1.0)
-        check_finite([norm], ["the update"], "the gradients")
+        if not norm.isfinite():
+            raise FloatingPointError("the gradients are not finite: lower --learning_rate")
         eps, rms = self.config.adam_eps, norm / math.sqrt(len(self.average))
         if not self.optimizer.state and 0 < rms < 10 * eps:
             PROCESSES.print(f"gradients of {rms:.0e} are lost in --adam_eps {eps:.0e}: try 1e-15")
@@ -815,7 +816,7 @@ def begin(config, policy):
 def claim(config):
     """A folder that no other run has: runs/<name>, or the first free of ocr, ocr-2, ocr-3, ..."""
     name = config.name or re.sub(r"[^\w.-]+", "-", config.reward)
-    for number in range(1, 2 if config.name else 10**6):
+    for number in range(1, 2 if config.name else 10**6):  # a given name is tried once
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
@@ -881,8 +882,7 @@ def draw_grid(images, rows, scores, folder, epoch):
     pen.text((8, 4), f"after {epoch} epoch{'s' * (epoch != 1)}", "black", font_size=24)
     for n, (image, (prompt, _), value) in enumerate(zip(images, rows, scores)):
         x, y = n % 8 * 150 + 8, n // 8 * 200 + 38
-        text = textwrap.fill(f"{value:.2f}: {prompt}", 22, max_lines=3)
-        pen.text((x, y), text, "black", font_size=12)
+        pen.text((x, y), textwrap.fill(f"{value:.2f}: {prompt[:60]}", 22), "black", font_size=12)
         sheet.paste(image.resize((140, 140)), (x, y + 48))
     if PROCESSES.is_main_process:
         (folder / "samples").mkdir(exist_ok=True)
