@@ -1,63 +1,70 @@
 """Flow-GRPO in one file: reinforcement learning for flow-matching image models (arXiv 2505.05470).
 
-A flow-matching model turns noise into an image by following an ordinary differential equation, an
-ODE. After the first noise nothing is random. So there is no action whose probability reinforcement
-learning could raise. Flow-GRPO adds randomness, learns from it, and takes it away:
+A flow-matching model such as Stable Diffusion 3.5 turns noise into an image by solving an ordinary
+differential equation (ODE). Once the first noise is drawn, nothing random happens any more. That is
+a problem for reinforcement learning, which works by making good random choices more likely: here
+there are none. So Flow-GRPO makes the sampler random, learns from the differences that this causes,
+and takes the randomness away again at the end:
 
-  sde_step          Each step drops some old noise and adds fresh noise. The images are as likely as
-                    before, but a step is now a Gaussian with a known density: a policy.
-  rollout           The policy draws a group of images for each prompt, in few steps.
-  group_advantages  A reward scores every image. Is it better than the others of its group?
-  update            Better images become likelier, worse ones less likely. Clipping keeps an update
-                    small. A penalty, the KL divergence, holds the model near its start.
-  evaluate          The ODE draws again, in more steps. These images are the result.
+  sde_step          One denoising step, made random: it drops a little of the old noise and adds
+                    fresh noise instead. The distribution of the images does not change, but each
+                    step is now a Gaussian whose density is known. That makes it a policy.
+  rollout           Samples a group of images for each prompt, in 10 steps instead of 40.
+  group_advantages  Compares the reward of each image with the rewards of its own group.
+  update            Makes the steps behind the better images more likely and the others less, with
+                    PPO's clipping. A KL penalty keeps the model close to where it started.
+  evaluate          Samples with the ODE again, in 40 steps. These images are the result.
 
-Symbols
-  t, s   time: 1 is noise, 0 is data. A step goes from t down to s. (diffusers says `sigmas`.)
-  x      latents at time t: x = (1-t) data + t noise
-  v      velocity, v = noise - data: what the network predicts
-  sigma  noise_level * sqrt(t/(1-t)): how strong the SDE's noise is. noise_level is the paper's a
-  T, K   how many steps a drawing has, and how many of them are SDE steps
-  B      how many images a tensor has. Square brackets are shapes: [B, ...]
+Notation
+  t, s    time, from 1 (noise) to 0 (data). A step goes from t down to s. diffusers says `sigma`.
+  x       the latent at time t: x = (1-t) * data + t * noise
+  v       the velocity: the network's estimate of noise - data
+  a       how random the sampler is, the option noise_level
+  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise at time t
+  T, K    the number of denoising steps, and how many of them are random (SDE steps)
+  i       the number of a denoising step, from 0 to T-1
+  B       the number of images in a tensor. Shapes are written in brackets: [B, C, H, W].
 
-PAPER/CODE marks where the paper and its official code (github.com/yifan123/flow_grpo) differ.
-Mostly we follow the code: the published learning rate, clip range and beta were made for it.
-Chapters 1 to 4 are the method, 5 drives diffusers' models, 6 to 8 are options, files and pictures.
-The toy, an SD3 pipeline of 5 MB for 48 x 48 pixels, is in toy/. rewards.py has the rewards.
+PAPER/CODE marks where the paper and the official code (github.com/yifan123/flow_grpo) disagree. We
+mostly follow the code, because the published learning rate, clip range and beta were tuned for it.
 
-  python flow_grpo.py --reward ocr                           # teach the toy to write
-  python flow_grpo.py --reward flow_grpo.py:redness          # your own reward is a function
-  python flow_grpo.py --preset sd3.5-medium-fast --dataset FOLDER           # on a GPU
-  accelerate launch flow_grpo.py --preset sd3.5-medium --dataset FOLDER     # on all GPUs
+Chapters 1 to 4 are the method. Chapter 5 drives the diffusers models, 6 has the options, 7 the
+files and pictures. The default model is a toy, an SD3 pipeline of 5 MB that makes images of 48 x 48
+pixels (toy/).
+
+  python flow_grpo.py --reward ocr                        # teach the toy to write: a minute
+  python flow_grpo.py --reward my_rewards.py:dark         # your own reward, see `redness`
+  python flow_grpo.py --preset sd3.5-medium-fast --dataset FOLDER            # on one GPU
+  accelerate launch flow_grpo.py --preset sd3.5-medium --dataset FOLDER      # on all GPUs
 """
-import argparse
 import inspect
-import io
+import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
-import signal
+import sys
 import textwrap
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for onnxruntime, which diffusers imports
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of onnxruntime, which diffusers imports
 
 import diffusers
 import numpy as np
 import peft
-import safetensors.torch
 import torch
 import transformers
+import tyro
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather, gather_object, reduce
+from diffusers.utils.torch_utils import randn_tensor
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
@@ -65,186 +72,238 @@ from tqdm import tqdm
 
 import rewards
 
+# `accelerate launch` starts this script once for each GPU, plain `python` starts it once.
+WORLD = PartialState(cpu=not torch.accelerator.is_available())
+for library in (diffusers, transformers):  # they have a lot to say about the toy
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+
 # ------------------------------------------------------------------------------ 1. the mathematics
-# Pure functions, in float32 whatever the network computes in: the ratio of new to old probability
-# is the exponential of a tiny difference, and half precision would leave nothing of it.
+# All of this is computed in float32, even if the network runs in bf16. The ratio of a new to an old
+# probability is the exponential of a tiny difference, which bf16 would round to zero.
 #
-# As x = (1-t) * data + t * noise = data + t * v, the network's v gives a best guess of both:
-#     data = x - t * v,   noise = x + (1-t) * v
-# A step mixes them anew for the time s:
-#     x_next = (1-s) * data + keep * noise + std * fresh_noise
+# The network sees x and t, but not the data and the noise that x is made of. The best v that it can
+# predict is the average of noise - data over everything that could have led to this x. Together
+# with x = (1-t) * data + t * noise, this v gives us an estimate of both parts:
 #
-#     ODE, a = 0   std = 0                  keep = s                  the Euler step x + v * (s-t)
-#     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9
+#     data_guess = x - t * v          noise_guess = x + (1-t) * v
+#
+# Every sampler mixes the two again, with less noise, for the next time s. The random samplers keep
+# less of the estimated noise than the ODE does, and put fresh noise in its place:
+#
+#     x_next = (1-s) * data_guess + keep * noise_guess + std * fresh_noise
+#
+#     ODE          std = 0                  keep = s                  the Euler step x + v * (s-t)
+#     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9 of the paper
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# Why does the SDE keep the marginal, the distribution of x at one time? Fresh noise adds std^2 to
-# the variance of x. Dropping d * noise, a small part of the old noise, lowers it by
-# 2 * d * cov(x, noise). This covariance is t, for the real noise and for the best guess of it. So
-# d = std^2 / (2t) makes both equal, for small steps and any sigma: equation 9 (and appendix A).
+# Why does equation 9 leave the distribution of x at every time as it is under the ODE? The ODE part
+# of the step carries the density p of x from time t to time s. Equation 9 does two more things:
 #
-# CPS never leaves noise behind, however large the steps: independent noises of sizes keep and std
-# are like one of size s if keep^2 + std^2 = s^2. But the old noise is a guess, and a guess is
-# smaller than real noise. So CPS makes x a little too narrow.
+#     It adds fresh noise of variance std^2. Noise spreads a density like heat: p changes by
+#     std^2 / 2 * laplacian(p).
+#     It takes std^2 / (2t) * noise_guess away from x. The gradient of log p, called the score, is
+#     -noise_guess / t (equation 27). So this moves every x uphill, by std^2 / 2 * grad(log p). And
+#     since p * grad(log p) = grad(p), such a move changes p by -std^2 / 2 * laplacian(p).
+#
+# The two cancel at every x, whatever sigma is, to first order in the step (appendix A has the full
+# proof). A check with variances alone: fresh noise adds std^2. Taking away d * noise_guess removes
+# 2d * cov(x, noise_guess), and this covariance is t: cov(x, noise) is t, and the average of the
+# noise at a given x covaries with x as much as the noise itself. With d = std^2 / (2t), as much is
+# removed as is added.
+#
+# "To first order" means for small steps, and 10 steps are not that small. At a = 0.7, x has too
+# much noise after the first two of 10 steps: 4 and 8 % on the time grid of SD3.5, 7 and 12 % on the
+# toy's. With FLUX's 6 steps at a = 0.9 it is 14 and 26 %. `choose_window` tells of a worse step.
+#
+# CPS makes the steps exact in a different sense. It chooses keep^2 + std^2 = s^2, so if noise_guess
+# were the true noise, x would have exactly the right amount of it after steps of any size. But
+# noise_guess is an average, which varies less than the noise itself, so CPS makes x too narrow:
+# around each mode of the data by 15 % (a = 0.7) to 20 % (a = 0.8), no matter how many steps.
+#
+# Does the ODE not have the same problem, as it keeps the same guess? No: before the step,
+# (1-t) * data_guess + t * noise_guess is x itself, and a small step of the ODE hardly changes that
+# sum. Only a sampler that swaps a part of noise_guess for fresh noise has to get the swap right. It
+# changes the variance of x by
+#
+#     std^2 - 2 * (s-keep) * s + (s-keep)^2 * Var(noise_guess)      (with s for t, which is near)
+#
+# With equation 9 the first two terms cancel, and the third is of second order in the step. With
+# CPS the sum is -(s-keep)^2 * (1 - Var(noise_guess)), and s-keep = s * (1 - cos(a * pi/2)) does not
+# shrink with the step.
 
 
-class Steps(NamedTuple):
-    """The T steps of a drawing. Each field is [T]."""
-    t: torch.Tensor       # the time before the step
-    s: torch.Tensor       # the time after it
-    keep: torch.Tensor    # how much of the old noise stays
+class Step(NamedTuple):
+    """A denoising step from t to s. All are [1, 1, 1, 1], or [B, 1, 1, 1], a number per image."""
+    t: torch.Tensor
+    s: torch.Tensor
+    keep: torch.Tensor    # how much of noise_guess stays
     std: torch.Tensor     # how much fresh noise is added
-    kl_std: torch.Tensor  # what the KL divides by: sigma, or for CPS std
-
-    def at(self, i):
-        """Step number i [1, 1, 1, 1], or with i [B] a step for each image [B, 1, 1, 1]"""
-        return Steps(*(field[i].view(-1, 1, 1, 1) for field in self))
+    kl_std: torch.Tensor  # what kl_penalty divides by
 
 
-def sde_steps(times, noise_level, sde="flow"):
-    """The time grid [T+1], from 1 down to 0 -> Steps
+def make_step(times, i, noise_level, sde="flow"):
+    """Step number i of the time grid [T+1] -> Step. i can be a tensor [B], a number per image.
 
-    sigma is large near t = 1, where nothing is decided yet and there is much to explore. It falls
-    to 0 at t = 0, where there is hardly any old noise to drop, and fresh noise would stay visible.
+    sigma is large near t = 1, where nothing about the image is decided and there is a lot to
+    explore. It falls to 0 at t = 0, where fresh noise would simply stay visible in the image.
     """
-    t, s = times[:-1], times[1:]
+    t = times[i].view(-1, 1, 1, 1)
+    s = times[i + 1].view(-1, 1, 1, 1)
     if sde == "cps":
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
-        return Steps(t, s, keep, std, kl_std=std)
-    # At t = 1 sigma would be infinite. The official code divides by 1-s there: the first std is
-    # noise_level. That is no small step: with T = 10 the first two leave 4 to 9 % too much noise.
-    below_one = torch.where(t == 1, s[0], t)
+        return Step(t, s, keep, std, kl_std=std)
+    # sigma is infinite at t = 1, so there we divide by 1 - s, like the official code.
+    below_one = torch.where(t == 1, s, t)
     sigma = noise_level * torch.sqrt(t / (1 - below_one))
     std = sigma * torch.sqrt(t - s)
     keep = s - std**2 / (2 * t)
-    return Steps(t, s, keep, std, kl_std=sigma)
+    return Step(t, s, keep, std, kl_std=sigma)
 
 
 def sde_mean(x, v, step):
-    """Where a step goes on average. x, v: [B, C, H, W] -> [B, C, H, W]
+    """Where a step goes on average. x, v and the mean are [B, C, H, W].
 
-    With the flow SDE's keep this is the mean of equation 9, as the paper prints it:
+    For the flow SDE this is the mean in equation 9, which the paper writes as
         x + [v + sigma^2 / (2t) * (x + (1-t) * v)] * (s-t)
-    What is added to v there, times s-t < 0, is a step to likelier x, along the gradient of log p(x)
-    of the marginal p: -noise/t (equation 27). It narrows x as much as the fresh noise widens it.
+    The second term in the bracket is noise_guess, so it points away from likely x. The factor
+    s-t is negative and turns it around, uphill in log p.
     """
-    x, v = x.float(), v.float()
-    data = x - step.t * v
-    noise = x + (1 - step.t) * v
-    return (1 - step.s) * data + step.keep * noise
+    x = x.float()
+    v = v.float()
+    data_guess = x - step.t * v
+    noise_guess = x + (1 - step.t) * v
+    return (1 - step.s) * data_guess + step.keep * noise_guess
 
 
-def sde_step(x, v, step, noise=None, x_next=None):
-    """One step of the policy -> x_next [B, C, H, W], its log_prob [B], the mean [B, C, H, W]
+def sde_step(x, v, step, fresh_noise=None, x_next=None):
+    """One step of the policy -> x_next [B, C, H, W], its log_prob [B], and the mean [B, C, H, W].
 
-    Draws x_next = mean + std * noise with standard normal noise, or rates a given x_next. So old
-    and new log-probabilities come from the same lines. The gradient of log_prob pulls the mean
-    towards the noise that the image happened to draw. If the image was good, the mean moves there;
-    if it was bad, away. So the model learns to do by itself what helped by chance.
+    The rollout passes fresh_noise and gets a new x_next. The update passes the x_next that was
+    sampled and wants its log_prob, so that old and new log_prob are computed by the same lines.
+
+    What does the gradient of log_prob do? x_next is the mean plus the fresh noise that this image
+    happened to get. Raising log_prob moves the mean towards the x_next that was drawn, lowering it
+    moves the mean away. If the image turned out well, the model learns to do by itself what helped
+    by chance.
+
+    PAPER/CODE: log p(x_next) is a sum over all D = C * H * W dimensions. The code takes the mean
+    over them instead, and so do we. `clipped_loss` says what this means for the ratio.
+
+    PAPER/CODE: For CPS the code uses -(x_next - mean)^2 as the density, without 1 / (2 * std^2). We
+    keep this factor. It is very large in late steps, which would then dominate the gradient, so use
+    an early window with CPS.
     """
     mean = sde_mean(x, v, step)
     if x_next is None:
-        x_next = mean + step.std * noise
-    distance = (x_next - mean) / step.std
-    normalizer = torch.log(step.std) + math.log(2 * math.pi) / 2
-    log_density = -0.5 * distance**2 - normalizer
-    # PAPER/CODE: a log-density is a sum over all D dimensions; the code averages. So our ratio is
-    # the D-th root of the true one. At ratio 1 its gradient has the same direction: the first
-    # update is a true policy gradient. Later, the true ratio would correct for images of an older
-    # policy. The root does not: it only tells how far the policy has moved. Clipping needs no more.
-    # With D = 10^5, a root of 1.001 is a true ratio of e^100: so clip ranges are small. (For CPS
-    # the code also leaves out 1 / (2 * std^2), which is 0.55 / s^2 at a = 0.8. We keep it. In late
-    # steps it is huge, and these would outweigh all others: CPS wants an early window.)
+        x_next = mean + step.std * fresh_noise
+    z = (x_next - mean) / step.std
+    log_density = -0.5 * z**2 - torch.log(step.std) - 0.5 * math.log(2 * math.pi)
     log_prob = log_density.flatten(1).mean(1)
     return x_next, log_prob, mean
 
 
-def gaussian_kl(mean, mean_ref, kl_std):
-    """KL between two steps that differ in their means only. [B, C, H, W] -> [B]
+def kl_penalty(mean, mean_ref, kl_std):
+    """How far a step is from the base model's step. The means are [B, C, H, W] -> [B]
 
-    A reward is only a stand-in for what we want. Far from the base model there are images that it
-    likes and nobody else does: reward hacking. The KL makes that distance cost something.
+    A reward is a stand-in for what we really want. Far from the base model the reward gives high
+    scores to images that people do not like. This is reward hacking. The KL penalty makes it
+    expensive to go there.
 
-    PAPER/CODE: the paper divides by the variance, sigma^2 (t-s). The code leaves (t-s) out, and
-    averages over the dimensions. That only changes the weights of the steps and the scale of beta:
-    the published 0.04 belongs to the code's form. (With (t-s) the authors used 0.004.)
+    PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
+    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code averages over the dimensions, and for
+    the flow SDE it divides by sigma^2, not by std^2 = sigma^2 * (t-s). So this is KL * (t-s) / D.
+    The factor (t-s) only weights the steps. It is positive, so the penalty is still lowest where
+    the means are equal. But the scale of beta depends on it: the published 0.04 is for this form.
+    (For the form with std^2 the authors used 0.004.) For CPS the code divides by std^2, which gives
+    KL / D. So the same beta is not equally strong with CPS and with the flow SDE.
     """
-    kl = (mean - mean_ref) ** 2 / (2 * kl_std**2)
-    return kl.flatten(1).mean(1)
+    penalty = (mean - mean_ref) ** 2 / (2 * kl_std**2)
+    return penalty.flatten(1).mean(1)
 
 
-def group_advantages(scores, std_over="batch"):
-    """How much better each image is than its group (equation 4). scores: [groups, group_size]
+def group_advantages(scores, std_over="epoch"):
+    """How much better each image is than its group (equation 4). scores: [groups, group_size].
 
-    Some prompts are easy and some are hard. PPO learns a second network, the critic, to know what
-    reward to expect. Here the mean of the group, same prompt and same policy, estimates it.
+    Some prompts are easy and some are hard, so a reward says little by itself. PPO trains a second
+    network, the critic, to predict what to expect. GRPO does without: the images of a group have
+    the same prompt and come from the same policy, so their mean is what to expect.
 
-    PAPER/CODE: the paper divides by the group's std. The code divides by the whole batch's, so that
-    a group of nearly equal rewards is not blown up. 1e-4 and the clamp are from the code, too.
+    PAPER/CODE: The paper divides by the std of the group. The code divides by the std of all images
+    of the epoch, so that a group of nearly equal rewards is not blown up. The 1e-4 and the clamp
+    are from the code.
     """
-    scores = scores.float().double()  # sums are exact: in a group of equal scores `better` is 0
-    dims = (0, 1) if std_over == "batch" else 1
+    # float32 numbers add up exactly in float64, so a group of equal scores gets exactly 0.
+    scores = scores.float().double()
+    dims = (0, 1) if std_over == "epoch" else 1
     std = scores.std(dims, unbiased=False, keepdim=True)
     better = scores - scores.mean(1, keepdim=True)
-    return (better / (std + 1e-4)).clamp(-5, 5).float()
+    advantages = better / (std + 1e-4)
+    return advantages.clamp(-5, 5).float()
 
 
 def clipped_loss(ratio, advantages, clip_range):
-    """The negative of the policy's part of equation 5, to be minimised. All are [B].
+    """The policy's part of the loss, all [B]. Equation 5 maximizes, over all images and steps,
 
-    Equation 5 wants the mean of this, over images and steps, to be large:
-        min(ratio * advantage, clip(ratio) * advantage) - beta * KL
-    ratio: how much likelier a step is than when it was drawn. In an epoch's first update it is 1,
-    and the gradient is that of log_prob * advantage: a plain policy gradient. Later updates use
-    images of an older policy, which say little about a policy far from it. Clipping keeps the new
-    one near. Once the ratio is above the range with a good image, or below it with a bad one, min
-    picks the constant: no gradient. On the other side nothing is clipped: a mistake can be undone.
+        the mean of  min(ratio * advantage, clip(ratio) * advantage) - beta * KL
 
-    (Far from the old policy nearly all ratios are below 1: their logs have mean -KL/D. GRPO-Guard,
-    arXiv 2510.22319, centres them. Flow-DPPO, 2606.11025, masks by this KL instead of clipping.)
+    The ratio of the new to the old probability says how much more likely a step is now than when it
+    was sampled. Ours is the D-th root of this ratio, because log_prob is a mean over D dimensions.
+
+    In the first update of an epoch the ratio is 1, and its gradient is that of log_prob: a plain
+    policy gradient. The root only divides it by D.
+
+    Later updates use images of a policy that has changed since. The true ratio would correct for
+    that. The root makes no such correction. It only measures how far the policy has moved, which is
+    all that clipping uses. Old images say little about a policy that is far from the one that drew
+    them, so clipping keeps the new one near: if an image is good and its ratio is above the range
+    already, or bad and below it, min picks the constant, whose gradient is 0. In the other
+    direction nothing is clipped, so that a wrong move can be undone.
+
+    The root is also why clip ranges are so small. D is 65,536 for SD3.5 at 512 pixels, so a ratio
+    of 1.0001 here, the end of the published clip range, is a true ratio of e^6.6, about 700. The
+    toy has a D of 1,152.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
 
 
 # -------------------------------------------------------------------------------------- 2. rollout
-# In the words of reinforcement learning: a state is (prompt, t, x), an action is x_next, an episode
-# is one drawing from noise to image. The reward comes once, at the end. Nobody knows which of the
-# steps deserves it, so each step of an image gets the image's advantage. On average that is right:
-# what the other steps did is chance and cancels out. (Later methods, DiffusionNFT and AWM, need no
-# SDE: they add noise to finished images and train on those.)
+# In terms of reinforcement learning, a state is (prompt, t, x), an action is x_next, and an episode
+# is the way from noise to an image. There is one reward, at the end, and we cannot know which of
+# the steps earned it. So every step of an image gets the advantage of the image. What the other
+# steps did is random and averages out.
 #
-# The class Policy of chapter 5 is the network and what it takes to use it:
-#     encode(prompts)            the condition, tensors [B, ...]: what the network is told
-#     velocity(x, t, condition)  the network's v [B, C, H, W]
-#     time_grid(T)               times [T+1]. SD3.5, T = 10: 1, 0.96, 0.91, ... 0.28, 0.009, 0
-#     decode(x)                  latents -> B images
-#     reference(), averaged()    contexts with other weights: the base model's, the moving average
-#     optimize()                 one step of AdamW
+# `policy` is the network with what it takes to use it, the class Policy of chapter 5.
+# policy.velocity(x, t, condition) is v, where the condition is the encoded prompt.
 
 
 @dataclass
 class Rollout:
-    images: list            # B PIL images, group after group
-    condition: list         # the encoded prompts: tensors [B, ...]
-    steps: Steps            # all T
-    window: range           # the K of them that are SDE steps
-    latents: torch.Tensor   # [B, K+1, C, H, W] before the first SDE step and after each
+    images: list            # B PIL images, one group after the other
+    condition: list         # the encoded prompts, tensors [B, ...]
+    times: torch.Tensor     # [T+1]
+    window: range           # which of the T steps were SDE steps, K of them
+    latents: torch.Tensor   # [B, K+1, C, H, W], before the first SDE step and after each
     log_prob: torch.Tensor  # [B, K]
 
 
 def choose_window(config, rng):
-    """Which steps are SDE steps. Only these are trained.
+    """Which steps are SDE steps -> range. Only these are trained.
 
-    PAPER/CODE: the paper trains all steps. The code leaves out the last, and so do we. With SD3 and
-    the toy that step begins at t = 0.009 or 0.001: no reward sees noise that small. With FLUX it
-    begins at 0.27 (T = 6): such noise would stay in the image. With CPS its std is 0. (The official
-    train_sd3.py still adds this noise, untrained. train_sd3_fast.py takes an ODE step; so do we.)
+    PAPER/CODE: The paper trains all steps. The code leaves out the last one, and so do we. It ends
+    at s = 0, so its noise would stay in the image: on SD3.5's time grid that is hardly visible
+    (t = 0.009), but with FLUX's 6 steps it is (t = 0.27).
 
-    A short window, the authors' later Flow-GRPO-Fast, is enough: the first, noisy steps decide what
-    an image shows, so noise there makes the rewards of a group differ most (results/ measures it).
-    It saves work in the update: K steps of each image, not T-1. Drawing costs T passes as before.
+    The step before it is worse. On SD3.5's grid it goes from t = 0.28 to s = 0.009, far too much
+    for a small step: std is 0.225, about 25 times the noise that belongs at s, and keep is -0.08.
+    With this setting of the paper, `window` 0 here, the images of the training stay visibly noisy.
+
+    A few steps at the start avoid that. They are enough, as the authors found later
+    (Flow-GRPO-Fast): the early steps decide what the image shows, so this is where randomness makes
+    the rewards of a group differ. The update gets cheaper, K steps instead of T-1. The rollout
+    still takes T passes.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -252,678 +311,924 @@ def choose_window(config, rng):
     return range(start, start + config.window)
 
 
-def draw(policy, noise, prompts, condition, steps, window):
-    """The first x and each SDE step's noise, [B, K+1, C, H, W] -> the last x, latents, log_prob"""
-    x = noise[:, 0]
-    latents = torch.empty_like(noise)
-    log_prob = x.new_empty(len(x), len(window))
-    for i in range(len(steps.t)):
-        step = steps.at(i)
-        v = policy.velocity(x, step.t, condition)
-        if i in window:
-            k = i - window.start
-            latents[:, k] = x  # needed for k = 0 only
-            x, log_prob[:, k], _ = sde_step(x, v, step, noise[:, k + 1])
-            latents[:, k + 1] = x
-        else:
-            x = x + v * (step.s - step.t)  # the ODE
-        check_finite(x, prompts, f"the latents after step {i}")
-    return x, latents, log_prob
-
-
 @torch.no_grad()
-def rollout(policy, config, prompts, seeds, T, window=range(0), alike=1):
-    """An image for each prompt and seed in T steps -> Rollout
+def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=None):
+    """Sample len(first_seeds) / len(prompts) images of each prompt in T steps -> Rollout
 
-    Denoising reduction: training draws with T = 10. Such images are worse than those of 40 steps.
-    But an advantage only compares images of the same T, and for that they are good enough.
-    What is learned holds for 40 steps, too: both follow the same v, at more or fewer places.
+    first_seeds [B] are for the first noise of each image, fresh_seeds [B] for that of its SDE
+    steps. The steps outside of the window follow the ODE: an empty window samples with the ODE.
+
+    Training uses T = 10, which the paper calls denoising reduction. These images are worse than
+    with 40 steps, but advantages only compare them with each other, and for that they are good
+    enough. What is learned holds for 40 steps too, because both follow the same v.
     """
-    steps = sde_steps(policy.time_grid(T), config.noise_level, config.sde)
-    condition = policy.encode(prompts)
-    shape = len(window) + 1, *policy.latent_shape
-    noise = torch.stack(  # an image's noise depends on its seed only
-        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    noise[:, 0] = noise[::alike, 0].repeat_interleave(alike, 0)  # `alike` in a row begin the same
-    images, paths = [], []
-    for start in progress(range(0, len(seeds), config.batch_size), "sampling"):
-        micro = slice(start, start + config.batch_size)
-        x, *path = draw(policy, noise[micro].to(policy.device), prompts[micro],
-                        [c[micro] for c in condition], steps, window)
+    B = len(first_seeds)
+    K = len(window)
+    group_size = B // len(prompts)
+    times = policy.time_grid(T)
+    condition = [c.repeat_interleave(group_size, 0) for c in policy.encode(prompts)]
+
+    # An image has generators of its own, so it does not depend on the others in its pass.
+    first_noise = randn_tensor((B, *policy.latent_shape), generators(first_seeds))
+    fresh = generators(fresh_seeds or [])
+
+    images = []
+    latents = torch.empty(B, K + 1, *policy.latent_shape, device=WORLD.device)
+    log_prob = torch.empty(B, K, device=WORLD.device)
+    for start in progress(range(0, B, config.batch_size), "sampling"):
+        batch = slice(start, start + config.batch_size)
+        batch_condition = [c[batch] for c in condition]
+        x = first_noise[batch].to(WORLD.device)
+        for i in range(T):
+            step = make_step(times, i, config.noise_level, config.sde)
+            v = policy.velocity(x, step.t, batch_condition)
+            if not v.isfinite().all():
+                sys.exit(f"the velocity at t = {times[i]:.3f} is not finite: {policy.suspect()}")
+            if i in window:
+                k = i - window.start
+                latents[batch, k] = x
+                fresh_noise = randn_tensor(x.shape, fresh[batch], x.device)
+                x, log_prob[batch, k], _ = sde_step(x, v, step, fresh_noise)
+                latents[batch, k + 1] = x
+            else:
+                x = x + v * (step.s - step.t)  # the ODE
         images += policy.decode(x)
-        paths.append(path)
-    latents, log_prob = [torch.cat(parts) for parts in zip(*paths)]
-    return Rollout(images, condition, steps, window, latents, log_prob)
+    return Rollout(images, condition, times, window, latents, log_prob)
+
+
+def generators(seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 # --------------------------------------------------------------------------------------- 3. update
-def update(policy, config, drawn, advantages, rng):
-    """An epoch's optimizer steps, each on an equal part of every group's images -> metrics
+def update(policy, config, drawn, advantages):
+    """The updates of an epoch -> metrics. drawn and advantages [B] belong to this process.
 
-    drawn and advantages [B] are of this process's groups. rng is the same on every process.
-    PAPER/CODE: the code leaves out images whose advantage is 0. We keep them: their KL counts.
+    The first update gets the first part of each group, the second the next part, and so on.
+    PAPER/CODE: The code shuffles the images of the epoch first. We need not, because the images of
+    a group are all drawn in the same way, so any part of them is as random as any other.
+
+    PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
+    keeps them. We keep them, because they still have a KL penalty.
     """
-    size, K = config.group_size, len(drawn.window)
-    orders = my_part([rng.sample(range(size), size) for _ in range(config.groups)])
-    first = size * torch.arange(len(orders))[:, None]  # each group's first image
-    shuffled = first + torch.tensor(orders)  # [groups, group_size], numbers of images
-    terms, norms = [], []
-    for part in shuffled.chunk(config.updates, dim=1):
-        pairs = torch.cartesian_prod(part.flatten(), torch.arange(K))  # each image at each SDE step
-        count = len(pairs) * PROCESSES.num_processes  # optimize() sums the gradients of all
-        for micro in progress(pairs.split(config.batch_size), "update"):
-            policy_loss, kl, ratio = losses(policy, config, drawn, advantages, *micro.T)
-            if not norms:  # in the first update
-                check_ratio(ratio, config.clip_range)
+    images = torch.arange(len(advantages)).view(-1, config.group_size)
+    sde_steps = torch.arange(len(drawn.window))
+
+    kls, ratios, norms = [], [], []
+    for number, part in enumerate(images.chunk(config.updates, dim=1)):
+        pairs = torch.cartesian_prod(part.flatten(), sde_steps)  # each image with each SDE step
+        count = len(pairs) * WORLD.num_processes
+        for batch in progress(pairs.split(config.batch_size), "update"):
+            policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
+            check_ratio(ratio, config.clip_range, is_first=number == 0)
             loss = policy_loss + config.beta * kl
-            (loss.sum() / count).backward()  # equation 5: the mean over all images and steps
-            terms.append(torch.stack([kl, ratio], 1).detach())
+            (loss.sum() / count).backward()  # all of these gradients add up to that of the mean
+            kls.append(kl.detach())
+            ratios.append(ratio.detach())
         norms.append(policy.optimize())
-    kl, ratio = gather(torch.cat(terms)).unbind(1)  # of all processes
-    moved = ratio - 1
-    return dict(
-        kl=kl.mean(),  # how far the policy is from the base model
-        ratio_deviation=moved.abs().max(),  # 0 in the first update, so later ones show here
-        clip_low=(moved < -config.clip_range).float().mean(),  # the share below the clip range
-        clip_high=(moved > config.clip_range).float().mean(),  # the share above it
-        grad_norm=np.mean(norms))
+
+    kl = gather(torch.cat(kls))
+    moved = gather(torch.cat(ratios)) - 1
+    return {
+        "kl": kl.mean(),  # how far the policy is from the base model
+        "ratio_deviation": moved.abs().max(),
+        "clip_low": (moved < -config.clip_range).float().mean(),  # the share below the range,
+        "clip_high": (moved > config.clip_range).float().mean(),  # and above it, clipped or not
+        "grad_norm": np.mean(norms),
+    }
 
 
-def losses(policy, config, drawn, advantages, i, k):
-    """Equation 5's terms for the k-th SDE step of image i -> policy_loss, kl, ratio. All: [b]"""
-    x = drawn.latents[i, k]
-    x_next = drawn.latents[i, k + 1]
-    log_prob_old = drawn.log_prob[i, k]
-    step = drawn.steps.at(drawn.window.start + k)  # for each image its own: [b, 1, 1, 1]
-    condition = [c[i] for c in drawn.condition]
+def losses(policy, config, drawn, advantages, pairs):
+    """The terms of equation 5, for pairs [b, 2] of image and SDE step -> policy_loss, kl, ratio"""
+    image, k = pairs.unbind(1)
+    x = drawn.latents[image, k]
+    x_next = drawn.latents[image, k + 1]
+    old_log_prob = drawn.log_prob[image, k]
+    advantage = advantages[image].to(x.device)
+    condition = [c[image] for c in drawn.condition]
+    i = drawn.window.start + k
+    step = make_step(drawn.times, i, config.noise_level, config.sde)
 
     v = policy.velocity(x, step.t, condition)
     _, log_prob, mean = sde_step(x, v, step, x_next=x_next)
-    ratio = torch.exp(log_prob - log_prob_old)
-    policy_loss = clipped_loss(ratio, advantages[i].to(ratio.device), config.clip_range)
+    ratio = torch.exp(log_prob - old_log_prob)
+    policy_loss = clipped_loss(ratio, advantage, config.clip_range)
 
-    with policy.reference(), torch.no_grad():
+    with torch.no_grad(), policy.reference():
         v_ref = policy.velocity(x, step.t, condition)
     mean_ref = sde_mean(x, v_ref, step)
-    kl = gaussian_kl(mean, mean_ref, step.kl_std)  # with beta 0 only logged: how far we are
+    kl = kl_penalty(mean, mean_ref, step.kl_std)
     return policy_loss, kl, ratio
 
 
-def check_ratio(ratio, clip_range):
-    """Until the first optimizer step, the policy is the one that drew: each ratio must be 1."""
+def check_ratio(ratio, clip_range, is_first):
+    """Before the first update, the policy is the one that sampled. So every ratio must be 1.
+
+    It may be off by half of the clip range, or clipping would no longer tell what has changed. But
+    1e-5 is always allowed, as rounding makes that much, and more than 1e-4 never.
+    """
+    if not ratio.isfinite().all():
+        sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
     off = (ratio - 1).abs().max().item()
-    if off > min(1e-4, max(clip_range / 2, 1e-5)):  # up to 1e-5 it may be rounding
-        stop(f"the ratio is off by {off:.2g} before the first update, where it must be 1: sampling "
-             "and training differ (guidance, dropout, a changed rollout, or, with bf16, uneven "
-             "micro-batches: let --batch_size divide the images of a process in one update)")
+    allowed = min(max(clip_range / 2, 1e-5), 1e-4)
+    if is_first and off > allowed:
+        sys.exit(f"before the first update a ratio is off by {off:.2g}, but it must be 1: sampling "
+                 "and training do not compute the same thing (guidance? dropout?). With bf16, let "
+                 "--batch_size divide the number of images in an update")
 
 
 # ------------------------------------------------------------------------------------- 4. training
 def redness(images, prompts, metadata):
-    """A reward in two lines: how much more red than green or blue. Yours can be as simple."""
+    """A toy reward: how much more red than green or blue. Yours can be as simple as this."""
     means = [np.asarray(image).mean((0, 1)) / 255 for image in images]
     return [r - max(g, b) for r, g, b in means]
 
 
 def train_epoch(policy, config, reward, train_set, epoch):
     """Sample, score, compare, update -> metrics. All randomness comes from (seed, epoch)."""
-    rng = random.Random(f"{config.seed}/{epoch - 1}")  # random streams count from 0
-    groups, size = config.groups, config.group_size
-    repeats = math.ceil(groups / len(train_set))  # above 1 for a dataset smaller than an epoch
+    groups = config.groups
+    size = config.group_size
+    rng = random.Random(f"{config.seed}/{epoch}")
+    repeats = math.ceil(groups / len(train_set))  # above 1 if there are fewer prompts than groups
     chosen = rng.sample(train_set * repeats, groups)
-    samples = [(*row, rng.getrandbits(60)) for row in chosen for _ in range(size)]  # with seeds
+    first_seeds = [rng.getrandbits(60) for _ in range(groups * size)]
+    fresh_seeds = [rng.getrandbits(60) for _ in range(groups * size)]
+    if config.same_noise:  # each group starts from one first noise, and only its SDE steps differ
+        first_seeds = [seed for seed in first_seeds[:groups] for _ in range(size)]
     window = choose_window(config, rng)
 
-    prompts, metadata, seeds = zip(*my_part(samples))
-    alike = size if config.same_noise else 1
-    drawn = rollout(policy, config, prompts, seeds, config.train_steps, window, alike)
-    scores, means = score(reward, drawn.images, prompts, metadata, "reward")
-    total = compared = torch.tensor(scores["reward"]).view(groups, size)
-    if config.combine == "gdpo":  # arXiv 2601.05242
-        # Each reward is divided by its own spread, or the one that spreads most would decide most.
-        compared = sum(
-            weight * group_advantages(torch.tensor(scores[name]).view(groups, size), "group")
-            for name, (_, weight) in reward.items())
-    advantages = my_part(group_advantages(compared, config.std_over)).flatten()
-    metrics = update(policy, config, drawn, advantages, rng)
+    # With several processes each of them takes a part of the groups.
+    rows = my_part(chosen)
+    prompts = [row["prompt"] for row in rows]
+    drawn = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
+                    my_part(fresh_seeds))
 
-    equal = compared.amax(1) == compared.amin(1)
-    metrics["no_signal"] = equal.float().mean()  # the share of groups with equal scores
+    # A row for each image. The scores come back for the images of all processes.
+    image_rows = [row for row in rows for _ in range(size)]
+    scores = rewards.score(reward, drawn.images, image_rows)
+
+    total = torch.tensor(scores["reward"]).view(groups, size)
+    advantages = group_advantages(total, config.std_over)
+    if not advantages.isfinite().all():
+        sys.exit("an advantage is not finite: the scores of the reward are too large")
+    own_advantages = my_part(advantages).flatten()
+
+    metrics = update(policy, config, drawn, own_advantages)
+
+    equal = total.amax(1) == total.amin(1)
+    metrics["no_signal"] = equal.float().mean()  # the share of groups that teach nothing
     metrics["group_std"] = total.std(1).mean()
-    metrics["reward_std"] = total.std()
-    return means | metrics
+    return metrics | {key: values.mean() for key, values in scores.items()}
 
 
-def evaluate(policy, config, reward, test_set, folder, epoch):
-    """Draw the test prompts by the ODE, from the same seeds every time -> metrics
+def evaluate(policy, config, reward, test_set, folder):
+    """Sample the test prompts with the ODE -> metrics. The images go to the folder.
 
-    SDE and ODE follow the same v. A change of v moves the mean of an SDE step and the ODE's step in
-    the same direction. And as both have the same marginals, the ODE meets the x that v was trained
-    on. Both are exact only for small steps and a perfect v: here we see how far they hold.
+    We train a random sampler and use it without randomness. Why does that work? The SDE and the ODE
+    follow the same v, so what moves the mean of an SDE step moves the ODE the same way. And both
+    visit the same x, because their distributions are equal at each time, so v was trained where the
+    ODE needs it. Both reasons are exact only for small steps and a perfect v. Here we see how well
+    it works.
 
-    The weights are a moving average: single updates wander, their average less so. Accuracy is the
-    share of images whose first reward in --reward is 1, the most that OCR and GenEval give.
+    The weights are a moving average, which is less noisy than any single update. The seeds are the
+    same in every evaluation, whatever --seed is, so that all runs can be compared.
+
+    Accuracy is the share of images that the reward finds entirely right. For GenEval this is
+    stricter than the benchmark's own accuracy, which asks for *at least* as many objects and
+    averages over its six tasks, not over all images.
     """
     n = config.eval_per_prompt
     test_set = test_set[:config.eval_prompts or None]
-    numbered = my_part(list(enumerate(test_set)))
-    samples = [(*row, i * n + j) for i, row in numbered for j in range(n)]
-    prompts, metadata, seeds = zip(*samples)
+    numbers = my_part(range(len(test_set)))
+    prompts = [test_set[number]["prompt"] for number in numbers]
+    seeds = [number * n + copy for number in numbers for copy in range(n)]
+    no_sde_steps = range(0)
     with policy.averaged():
-        images = rollout(policy, config, prompts, seeds, config.eval_steps).images
-    scores, metrics = score(reward, images, prompts, metadata, "eval_reward")
-    right = scores[next(iter(reward))] == 1
-    metrics["eval_accuracy"] = right.mean()
-    tags = np.repeat([row.get("tag", "") for _, row in test_set], n)  # GenEval's tasks
-    for tag in sorted({*tags} - {""}):
-        metrics[f"eval_accuracy/{tag}"] = right[tags == tag].mean()
-    if n > 1:  # how far the pixels of a prompt's first and last image differ, from 0 to 1
-        rms = [np.square(np.subtract(a, b, dtype=float)).mean() ** 0.5 / 255
-               for a, b in zip(images[::n], images[n - 1::n])]
-        metrics["eval_diversity"] = np.mean(gather_object(rms))
-    draw_grid(images[::n], test_set, scores["reward"][::n], folder, epoch)
+        images = rollout(policy, config, prompts, seeds, config.eval_steps, no_sde_steps).images
+    rows = [test_set[number] for number in numbers for _ in range(n)]
+    scores = rewards.score(reward, images, rows)
+
+    metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
+    first_reward = next(iter(reward))
+    if first_reward in rewards.HAVE_A_RIGHT_ANSWER:
+        right = scores[f"reward/{first_reward}"] == 1
+        metrics["eval_accuracy"] = right.mean()
+        tags = np.repeat([row.get("tag", "") for row in test_set], n)  # the tasks of GenEval
+        for tag in sorted(set(tags) - {""}):
+            metrics[f"eval_accuracy/{tag}"] = right[tags == tag].mean()
+    save_images(images[::n], test_set, scores["reward"][::n], folder)
     return metrics
 
 
 def train(config):
-    """The whole run: train, evaluate now and then, write everything down. Epoch 0 is the base."""
-    train_set, test_set = (load_prompts(config, split) for split in ("train", "test"))
-    reward, watched = rewards.load_both(config, train_set + test_set)
-    policy = load_policy(config, [prompt for prompt, _ in train_set + test_set])
-    folder, rows, tracker = begin(config, policy)
-    for epoch in range(len(rows), config.epochs + 1):
-        clock, metrics = time.time(), {}
+    """The whole run. Epoch 0 only evaluates, to see what the base model can do."""
+    train_set = rewards.load_prompts(config, "train")
+    test_set = rewards.load_prompts(config, "test")
+    say(f"loading the reward {config.reward} and the model {config.model}")
+    reward = rewards.load(config.reward, "--reward")
+    watched = dict(reward)
+    for name, (function, _) in rewards.load(config.eval_reward, "--eval_reward").items():
+        watched.setdefault(name, (function, 0))  # measured but not trained on: it can show hacking
+    rewards.check(watched, train_set + test_set)
+    policy = load_policy(config)
+    warn_about_prompts(policy, config, train_set + test_set)
+    folder = claim_folder(config)
+    history = policy.restore(read_checkpoint(folder)) if config.resume else []
+    trackers = start_trackers(config, folder)
+    say(f"{folder}: {config.groups} groups of {config.group_size} images in an epoch, on "
+        f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
+
+    if len(history) > config.epochs:  # a finished run was resumed: it is only evaluated once more
+        metrics = evaluate(policy, config, watched, test_set, folder / "samples/again")
+        say(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+    for epoch in progress(range(len(history), config.epochs + 1), "epochs"):
+        start = time.time()
+        metrics = {"epoch": epoch}
         if epoch > 0:
-            # Once most groups have equal rewards, only the KL has a gradient. It is small, but Adam
-            # rescales what is small: at a constant rate the toy can walk back towards the base.
+            # Once most groups have equal rewards, only the KL penalty has a gradient. Adam
+            # normalises the size of the gradient, so at a constant learning rate even this small
+            # one can move the toy back towards the base model.
             left = 1 - (epoch - 1) / config.epochs if config.lr_decay else 1
             policy.optimizer.param_groups[0]["lr"] = config.learning_rate * left
             metrics |= train_epoch(policy, config, reward, train_set, epoch)
         if epoch % config.eval_every == 0 or epoch == config.epochs:
-            metrics |= evaluate(policy, config, watched, test_set, folder, epoch)
-        metrics["seconds"] = time.time() - clock
-        rows.append({"epoch": epoch} | {key: float(metrics[key]) for key in metrics})
-        record(policy, folder, rows, tracker)
-    for key in ("eval_reward", "eval_accuracy"):  # what was gained
-        values = [row[key] for row in rows if key in row]
-        if any(values):  # no PickScore is 1: then there is no accuracy
-            PROCESSES.print(f"{key} {values[0]:.3f} -> {values[-1]:.3f}")
-    tracker.end_training()
+            metrics |= evaluate(policy, config, watched, test_set, folder / f"samples/{epoch:04d}")
+        metrics["seconds"] = time.time() - start
+        history.append({key: float(value) for key, value in metrics.items()})
+        if WORLD.is_main_process:
+            report(config, folder, history, trackers)
+            save(policy, config, folder, history)
+    say(summary(folder, history))
+    trackers.end_training()
+
+
+# That is the method. Where to go from here: GRPO-Guard (arXiv 2510.22319) centers the ratios, most
+# of which are below 1 once the policy has moved. Flow-DPPO (2606.11025) replaces clipping by a
+# limit on the exact KL. GDPO (2601.05242) divides each of several rewards by its own std. And
+# DiffusionNFT (2509.16117) and AWM (2509.25050) need no SDE at all: they add noise to finished
+# images and train on those, which is several times cheaper.
 
 
 # ---------------------------------------------------------------------------------- 5. the network
 class Policy:
-    """A pipeline of SD3's family, as is the toy, with a LoRA, its average and its optimizer"""
+    """An SD3 pipeline (the toy is one) with a LoRA, an optimizer and a moving average of the LoRA
 
-    lora_layers = (  # the official code's: joint attention, for the image's tokens and the text's
-        "attn.to_q attn.to_k attn.to_v attn.to_out.0 "
-        "attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_add_out").split()
+    A subclass says what is different for another family. It is right if a rollout without noise
+    gives the image of the family's own pipeline, see the tests.
+    """
+
+    lora_layers = [  # as in the official code: the attention of image tokens and of text tokens
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
 
     def __init__(self, pipe, config):
-        self.pipe, self.config, self.device = pipe, config, PROCESSES.device
+        self.pipe = pipe
+        self.config = config
         self.encoders = torch.nn.ModuleList(
             part for name, part in pipe.components.items() if "text_encoder" in name and part)
-        pipe.vae.to(self.device)
+        pipe.vae.to(WORLD.device)
+        pipe.transformer.to(WORLD.device)
         if config.gradient_checkpointing:
             pipe.transformer.enable_gradient_checkpointing()
-        torch.manual_seed(config.seed)  # for the LoRA's first values
-        lora = peft.LoraConfig(
-            r=config.lora_rank, lora_alpha=2 * config.lora_rank, init_lora_weights="gaussian",
-            target_modules=self.lora_layers)
-        # peft keeps the LoRA in float32: bf16 would round small steps away.
-        self.network = peft.get_peft_model(pipe.transformer.to(self.device), lora)
-        self.reference = self.network.disable_adapter  # the model that training began with
+        torch.manual_seed(config.seed)  # for the initial LoRA
+        # A LoRA adds (alpha / rank) * B @ A to the weights of a layer. B starts at 0, so training
+        # starts at the base model. 18.8 million weights are trained for SD3.5-Medium, 179 million
+        # for FLUX.1-dev, 16.5 million for SANA.
+        self.network = peft.get_peft_model(pipe.transformer, peft.LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank,
+            init_lora_weights="gaussian",
+            target_modules=self.lora_layers,
+        ))
+        # peft keeps the LoRA in float32. In bf16, small updates would be rounded away.
         self.params = [p for p in self.network.parameters() if p.requires_grad]
+        self.average = parameters_to_vector(self.params).detach()
         self.optimizer = torch.optim.AdamW(
             self.params, config.learning_rate, eps=config.adam_eps, weight_decay=1e-4)
-        self.average = parameters_to_vector(self.params).detach()  # of the params, in one row
+        self.updates = 0
         self.empty = self.encode([""])  # for guidance
         side = config.resolution // pipe.vae_scale_factor
-        self.latent_shape = pipe.vae.config.latent_channels, side, side
+        self.latent_shape = (pipe.vae.config.latent_channels, side, side)
 
     def velocity(self, x, t, condition):
-        """The network's v in float32. x: [B, C, H, W], t: one time, or one for each image
+        """v in float32. x and v are [B, C, H, W], t is one time or one for each image.
 
-        Classifier-free guidance makes one velocity of two, and so one Gaussian: that is the policy.
-        Sampling and training must share it, or the ratio would compare two policies.
+        Classifier-free guidance makes one velocity out of two, and so one Gaussian. That is our
+        policy. Sampling and training both call this, or the ratio would compare two policies. The
+        gradient flows through both velocities.
         """
         v = self.predict(x, t, condition)
         if self.config.guidance != 1:
-            v_empty = self.predict(x, t, self.empty)  # the gradient flows through both
+            v_empty = self.predict(x, t, self.empty)
             v = v_empty + self.config.guidance * (v - v_empty)
         return v
 
     def predict(self, x, t, condition):
-        """The same without guidance. condition: a row for each image, or one for all"""
-        t = t.flatten().expand(len(x))
-        condition = [c.to(self.device).expand(len(x), *c.shape[1:]) for c in condition]
-        with torch.autocast(x.device.type, torch.bfloat16, self.config.precision == "bf16"):
-            return self.forward(x.to(self.network.dtype), t, *condition).float()
+        """v without guidance. condition has a row for each image, or one row for all."""
+        B = len(x)
+        t = t.flatten().expand(B)
+        condition = [c.to(x.device).expand(B, *c.shape[1:]) for c in condition]
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            v = self.forward(x.to(self.network.dtype), t, *condition)
+        return v.float()
 
     def forward(self, x, t, embeds, pooled):
         return self.network(
-            hidden_states=x, timestep=1000 * t, encoder_hidden_states=embeds,
-            pooled_projections=pooled).sample
+            hidden_states=x,
+            timestep=1000 * t,  # the scale that SD3 was trained with
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+        ).sample
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Prompts -> their condition: embeds [B, L, D] and pooled [B, P], in the CPU's memory"""
+        """Prompts -> the condition: tensors [len(prompts), ...] on the CPU"""
         if self.config.offload:
             self.network.cpu()
-        self.encoders.to(self.device)
-        unique = [*dict.fromkeys(prompts)]  # the images of a group have the same prompt
-        options = dict(device=self.device, max_sequence_length=self.config.max_sequence_length)
-        size = self.config.batch_size
-        parts = [[c.cpu() for c in self.ask_encoders(unique[i:i + size], **options)]
-                 for i in range(0, len(unique), size)]
+        self.encoders.to(WORLD.device)
+        parts = []
+        for start in range(0, len(prompts), self.config.batch_size):
+            batch = prompts[start:start + self.config.batch_size]
+            parts.append([c.cpu() for c in self.encode_batch(batch)])
         if self.config.offload:
             self.encoders.cpu()
-            self.network.to(self.device)
-        return [torch.cat(part)[[unique.index(p) for p in prompts]] for part in zip(*parts)]
+            self.network.to(WORLD.device)
+        return [torch.cat(tensors) for tensors in zip(*parts)]
 
-    def ask_encoders(self, prompts, **options):
-        return self.pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, **options)[::2]
+    def encode_batch(self, prompts):
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, device=WORLD.device,
+            max_sequence_length=self.config.max_sequence_length)
+        return embeds, pooled
 
     def time_grid(self, T, **options):
-        """The scheduler's times [T+1], from 1 down to 0"""
-        self.pipe.scheduler.set_timesteps(T, device=self.device, **options)
-        return self.pipe.scheduler.sigmas.float()
+        """The scheduler's times [T+1]. For SD3.5 and T = 10: 1, 0.96, 0.91, ... 0.28, 0.009, 0."""
+        scheduler = self.pipe.scheduler
+        scheduler.set_timesteps(T, device=WORLD.device, **options)
+        times = scheduler.sigmas.float()
+        if abs(times[0] - 1) < 1e-6:
+            times[0] = 1  # some values of `shift` are rounded to just below it
+        if len(times) != T + 1 or times[0] != 1 or times[-1] != 0 or (times.diff() >= 0).any():
+            raise ValueError(
+                f"the times of its {type(scheduler).__name__} do not fall from 1 to 0 in {T} steps;"
+                " it needs a FlowMatchEulerDiscreteScheduler")
+        return times
 
     @torch.no_grad()
     def decode(self, latents):
-        """Latents [B, C, H, W] -> PIL images"""
+        """Latents [B, C, H, W] -> B PIL images"""
         vae = self.pipe.vae
-        latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
-        return self.pipe.image_processor.postprocess(vae.decode(latents).sample)
+        shift = vae.config.get("shift_factor") or 0
+        pixels = vae.decode(latents / vae.config.scaling_factor + shift).sample
+        if not pixels.isfinite().all():
+            sys.exit(f"the pixels of an image are not finite: {self.suspect()}")
+        return self.pipe.image_processor.postprocess(pixels)
+
+    def suspect(self):
+        """What is to blame for a number that is not finite"""
+        if self.updates > 0:
+            return "lower --learning_rate"
+        return f"there was no update yet, so the cause is --model {self.config.model} itself"
+
+    def reference(self):
+        """A context in which the LoRA is off. So the base model needs no memory of its own."""
+        return self.network.disable_adapter()
 
     @contextmanager
     def averaged(self):
-        """Inside this context, the weights are their average."""
+        """A context in which the weights are their moving average"""
         own = parameters_to_vector(self.params)
         vector_to_parameters(self.average, self.params)
         yield
         vector_to_parameters(own, self.params)
 
     def optimize(self):
-        """One optimizer step with the gradients of all processes -> their norm before clipping"""
+        """One update with the gradients of all processes -> their norm before clipping"""
         for p in self.params:
             p.grad = reduce(p.grad, "sum")
         norm = clip_grad_norm_(self.params, 1.0)
         if not norm.isfinite():
-            raise FloatingPointError("the gradients are not finite: lower --learning_rate")
-        eps, rms = self.config.adam_eps, norm / math.sqrt(len(self.average))
-        if not self.optimizer.state and 0 < rms < 10 * eps:
-            PROCESSES.print(f"gradients of {rms:.0e} are lost in --adam_eps {eps:.0e}: try 1e-15")
+            sys.exit("the gradient is not finite: lower --learning_rate")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        n = self.optimizer.state[self.params[0]]["step"].item()  # updates so far
+        self.updates += 1
+        n = self.updates
         if n % self.config.ema_every == 0 or self.config.ema_decay == 0:
-            # The decay grows, so that the average does not stick to the start (official ema.py).
+            # The decay grows, so that the average soon forgets the start (the code's ema.py).
             decay = min(self.config.ema_decay, (1 + n) / (10 + n))
-            self.average.lerp_(parameters_to_vector(self.params).detach(), 1 - decay)
+            weights = parameters_to_vector(self.params).detach()
+            self.average.lerp_(weights, 1 - decay)
         return norm.item()
+
+    def lora(self):
+        """The averaged LoRA as diffusers and other programs read it"""
+        with self.averaged():
+            state = peft.get_peft_model_state_dict(self.network)
+            layers = {}
+            for name, weights in state.items():
+                # Files without an alpha are read with alpha / rank = 1. Ours is 2.
+                scale = 2 if "lora_B" in name else 1
+                layers[name.removeprefix("base_model.model.")] = scale * weights
+        return layers
+
+    def checkpoint(self):
+        """All that later epochs depend on. There is no state of a random generator in it."""
+        return {
+            "weights": parameters_to_vector(self.params).detach(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updates,
+        }
+
+    def restore(self, checkpoint):
+        """Put a checkpoint back -> the metrics so far"""
+        if checkpoint["average"].shape != self.average.shape:
+            sys.exit("--resume: the checkpoint has another number of weights than this model: "
+                     "keep its --model and --lora_rank")
+        self.average.copy_(checkpoint["average"])
+        vector_to_parameters(checkpoint["weights"].to(self.average.device), self.params)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.updates = checkpoint["updates"]
+        return checkpoint["history"]
 
 
 class FluxPolicy(Policy):
-    """FLUX packs its latents, tells the network their places, and has learned to guide itself."""
+    """FLUX packs 2 x 2 latents into a token, and wants the position of each token.
 
-    lora_layers = Policy.lora_layers + (
-        "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2").split()
-    velocity = Policy.predict  # without the empty prompt
+    It was distilled to guide itself: the guidance scale is an input of the network.
+    """
+
+    lora_layers = Policy.lora_layers + [
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+
+    def velocity(self, x, t, condition):
+        return self.predict(x, t, condition)
 
     def forward(self, x, t, embeds, pooled):
         packed = torch.pixel_unshuffle(x, 2)  # [B, 4C, H/2, W/2]
         B, _, H, W = packed.shape
-        learned = self.network.config.guidance_embeds  # not by FLUX.1-schnell
+        guidance = None
+        if self.network.config.guidance_embeds:  # FLUX.1-schnell has none
+            guidance = t.new_full([B], self.config.guidance)
         v = self.network(
-            hidden_states=packed.flatten(2).mT,  # [B, H/2 * W/2, 4C]
-            img_ids=self.pipe._prepare_latent_image_ids(B, H, W, x.device, x.dtype),
+            hidden_states=packed.flatten(2).mT,  # [B, tokens, 4C]
+            timestep=t,
+            guidance=guidance,
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
             txt_ids=x.new_zeros(embeds.shape[1], 3),
-            guidance=x.new_full([B], self.config.guidance) if learned else None,
-            timestep=t, encoder_hidden_states=embeds, pooled_projections=pooled).sample
+            img_ids=self.pipe._prepare_latent_image_ids(B, H, W, x.device, x.dtype),
+        ).sample
         return torch.pixel_shuffle(v.mT.unflatten(2, (H, W)), 2)
 
-    def ask_encoders(self, prompts, **options):
-        return self.pipe.encode_prompt(prompts, None, **options)[:2]
+    def encode_batch(self, prompts):
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompts, None, device=WORLD.device,
+            max_sequence_length=self.config.max_sequence_length)
+        return embeds, pooled
 
     def time_grid(self, T):
-        """The more tokens an image has, the denser near 1"""
-        tokens = (self.latent_shape[1] // 2) ** 2
-        mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(tokens)
+        tokens = (self.latent_shape[1] // 2) ** 2  # the more, the denser near t = 1
+        scheduler = self.pipe.scheduler.config
+        mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(
+            tokens, scheduler.base_image_seq_len, scheduler.max_image_seq_len,
+            scheduler.base_shift, scheduler.max_shift)
         return super().time_grid(T, sigmas=np.linspace(1, 1 / T, T), mu=mu)
 
 
 class SanaPolicy(Policy):
-    """SANA masks its text's padding, has no pooled embedding, and puts an instruction before."""
+    """SANA has one text encoder, whose mask it needs, and puts an instruction before the prompt.
 
-    lora_layers = "to_q to_k to_v to_out.0".split()  # of attn1, and of attn2 for the text
+    This is the example to start from for another model.
+    """
+
+    lora_layers = ["to_q", "to_k", "to_v", "to_out.0"]  # of attn1, and of attn2 for the text
 
     def __init__(self, pipe, config):
-        # Its own scheduler, DPM-Solver, looks back at earlier steps. A policy may not.
+        # Its own DPM-Solver looks back at earlier steps. A policy must depend on x alone.
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
         super().__init__(pipe, config)
 
     def forward(self, x, t, embeds, mask):
         return self.network(
-            hidden_states=x, timestep=1000 * self.network.config.timestep_scale * t,
-            encoder_hidden_states=embeds, encoder_attention_mask=mask).sample
+            hidden_states=x,
+            timestep=1000 * self.network.config.timestep_scale * t,
+            encoder_hidden_states=embeds,
+            encoder_attention_mask=mask,
+        ).sample
 
-    def ask_encoders(self, prompts, **options):
-        defaults = inspect.signature(self.pipe.__call__).parameters
-        instruction = defaults["complex_human_instruction"].default if any(prompts) else None
-        return self.pipe.encode_prompt(
-            prompts, False, complex_human_instruction=instruction, **options)[:2]
+    def encode_batch(self, prompts):
+        call = inspect.signature(self.pipe.__call__)
+        instruction = call.parameters["complex_human_instruction"].default
+        if prompts == [""]:
+            instruction = None  # like the stock pipeline, for guidance
+        embeds, mask, _, _ = self.pipe.encode_prompt(
+            prompts, False, complex_human_instruction=instruction, device=WORLD.device,
+            max_sequence_length=self.config.max_sequence_length)
+        return embeds, mask
 
 
-def load_policy(config, prompts=()):
+POLICIES = {
+    "StableDiffusion3Pipeline": Policy,
+    "FluxPipeline": FluxPolicy,
+    "SanaPipeline": SanaPolicy,
+}
+
+
+def load_policy(config):
     """The pipeline of --model -> the Policy of its family"""
-    rewards.quiet(diffusers, transformers)  # they warn of the toy's unusual VAE
-    kinds = dict(StableDiffusion3Pipeline=Policy, FluxPipeline=FluxPolicy, SanaPipeline=SanaPolicy)
     source = rewards.TOY if config.model == "toy" else config.model
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    try:  # the VAE stays float32: a reward would see its rounding
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            source, dtype={"vae": torch.float32, "default": dtype})
-        policy = kinds[type(pipe).__name__](pipe, config)
-        policy.time_grid(config.train_steps)
-    except Exception as error:  # whatever a wrong or damaged folder makes diffusers raise
-        stop(f"--model {config.model}: {type(error).__name__}: {error}. It must be one of "
-             f"{', '.join(kinds)}, with its own scheduler; is the name right, the licence "
-             "accepted, the hub reachable, the memory enough (--offload)?")
-    token = 2 * pipe.vae_scale_factor  # in pixels
-    most = token * policy.network.config.get("pos_embed_max_size", 2**20)
-    if config.resolution not in range(token, most + 1, token):
-        stop(f"--resolution {config.resolution}: must be a multiple of {token}, at most {most}")
-    tokenizer = [part for name, part in pipe.components.items() if "tokenizer" in name and part][-1]
-    unknown = [p for p in prompts if tokenizer.unk_token_id in tokenizer(p).input_ids]
-    if unknown:
-        PROCESSES.print(f"{len(unknown)} prompts have an unknown word, such as {unknown[0]!r}")
+    network_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = {"vae": torch.float32, "default": network_dtype}  # a reward would see a bf16 VAE
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        policy = POLICIES[type(pipe).__name__](pipe, config)
+        for T in (config.train_steps, config.eval_steps):
+            policy.time_grid(T)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # diffusers raises almost anything for a wrong or damaged folder
+        reason = " ".join(str(error).split())[:300]
+        sys.exit(f"--model {config.model} cannot be used: {type(error).__name__}: {reason}. It "
+                 f"must be the folder or hub name of a {', '.join(POLICIES)}. From the hub, a "
+                 "gated model needs its licence accepted there and `hf auth login`")
+    unit = 2 * pipe.vae_scale_factor  # a token of the network, in pixels
+    largest = unit * policy.network.config.get("pos_embed_max_size", 1000)
+    if config.resolution % unit or config.resolution > largest:
+        sys.exit(f"--resolution {config.resolution} must be a multiple of {unit}, up to {largest}")
     return policy
+
+
+def warn_about_prompts(policy, config, rows):
+    """Prompts of which the model does not see everything: too long, or with unknown words"""
+    parts = policy.pipe.components.items()
+    tokenizer = [part for name, part in parts if "tokenizer" in name and part][-1]
+    prompts = [row["prompt"] for row in rows]
+    tokens = tokenizer(prompts).input_ids
+    long = [p for p, ids in zip(prompts, tokens) if len(ids) > config.max_sequence_length]
+    unknown = [p for p, ids in zip(prompts, tokens) if tokenizer.unk_token_id in ids]
+    if long:
+        say(f"warning: {len(long)} prompts are longer than --max_sequence_length "
+            f"{config.max_sequence_length} and get cut off, such as {long[0]!r}")
+    if unknown:
+        say(f"warning: {len(unknown)} prompts have words that the model does not know, "
+            f"such as {unknown[0]!r}")
 
 
 # -------------------------------------------------------------------------------------- 6. options
 @dataclass
 class Config:
-    preset: str = ""                   # one of PRESETS; default: that of the reward, if it has one
-    reward: str = "ocr"                # of rewards.py, "file.py:function", or "ocr:1,pickscore:0.5"
-    eval_reward: str = ""              # the same, but only measured: they show reward hacking
-    model: str = "toy"                 # folder or hub name of an SD3, FLUX or SANA pipeline
-    dataset: str = ""                  # folder of prompts; default: the toy's words or scenes
-    resolution: int = 48               # height and width of the images in pixels
-    max_sequence_length: int = 14      # tokens of the T5 encoder, or of SANA's Gemma
-    precision: str = "fp32"            # of the network: fp32, or bf16 for half the memory
+    preset: str = ""  # one of PRESETS. If empty, the one with the name of the reward, if any
+    reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
+    eval_reward: str = ""  # rewards that are only measured, to see whether the other is hacked
+    model: str = "toy"  # folder or hub name of an SD3, FLUX or SANA pipeline
+    cpu: bool = False  # run the preset of a large model although there is no GPU
+    dataset: str = ""  # folder with the prompts. If empty, the toy's words or scenes
+    resolution: int = 48  # height and width of the images in pixels
+    max_sequence_length: int = 14  # tokens of the T5 text encoder, or of SANA's Gemma
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the network. bf16 halves the memory
     gradient_checkpointing: bool = False  # less memory, slower updates
-    offload: bool = False              # text encoders and network take turns on the GPU
-    name: str = ""                     # folder under runs/; default: the reward's name, numbered
-    resume: str = ""                   # a run's folder, to go on with its own options
-    report_to: str = ""                # also log to tensorboard, wandb, trackio, swanlab, ...
-    seed: int = 0                      # of everything random: on a CPU, same seed, same run
-    epochs: int = 6                    # an epoch: sample, score, update. 0 only evaluates
-    eval_every: int = 3                # epochs between evaluations
-    groups: int = 16                   # prompts an epoch; more: a gradient with less noise
-    group_size: int = 8                # images of each prompt; in the paper 6 and 12 collapsed
-    train_steps: int = 10              # T of training: enough to tell good from bad
-    eval_steps: int = 40               # T of the evaluation
-    noise_level: float = 0.7           # a: too little explores nothing, too much spoils the images
-    window: int = 1                    # SDE steps, and only they are trained. 0: all but the last
-    latest_start: int = 0              # the window begins at a random step from 0 to this
-    same_noise: bool = True            # one first noise a group: faster here, worse in the paper
-    sde: str = "flow"                  # flow, the paper's, or cps, which leaves no noise in images
-    guidance: float = 1.0              # classifier-free. 1 is off. FLUX: its distilled guidance
-    updates: int = 2                   # optimizer steps an epoch; clipping acts from the second on
-    learning_rate: float = 3e-3        # of AdamW
-    lr_decay: bool = True              # it falls evenly; with the next epoch it would be 0
-    adam_eps: float = 1e-8             # must be far below the gradients of one weight
-    clip_range: float = 1e-3           # how far a ratio may leave 1: less clips more, learns less
-    beta: float = 0.5                  # weight of the KL: more keeps quality and slows the reward
-    std_over: str = "batch"            # whose std divides the advantages: batch or group
-    combine: str = "sum"               # several rewards: their weighted sum, or gdpo
-    lora_rank: int = 32                # size of what is trained. Its alpha is twice the rank
-    ema_decay: float = 0.9             # of the averaged weights that are evaluated. 0 is off
-    ema_every: int = 1                 # updates between averagings
-    batch_size: int = 64               # samples in a forward pass: memory and speed only
-    eval_prompts: int = 60             # so many prompts of the test file. 0: all
-    eval_per_prompt: int = 2           # images of each, always from the same seeds
+    offload: bool = False  # text encoders and network take turns on the GPU
+    name: str = ""  # folder under runs/. If empty, the name of the reward, numbered
+    resume: str = ""  # folder of a run to continue. It runs the reward named in its checkpoint
+    report_to: str = ""  # also log to tensorboard, wandb, trackio, swanlab or another tracker
+    seed: int = 0  # on a CPU, the same seed gives the same run
+    epochs: int = 6  # an epoch: sample, score, compare, update. 0 only evaluates
+    eval_every: int = 3  # epochs between evaluations
+    groups: int = 16  # prompts in an epoch. More make the gradient less noisy
+    group_size: int = 8  # images of each prompt. In the paper 24; with 6 and 12 it collapsed
+    train_steps: int = 10  # T in training. Enough to tell good from bad
+    eval_steps: int = 40  # T in evaluations
+    noise_level: float = 0.7  # a. Too little explores nothing, too much spoils the images
+    sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS, whose images have no extra noise
+    window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
+    latest_start: int = 0  # the window starts at a random step from 0 to this
+    same_noise: bool = True  # one first noise for a group. Better for the toy, worse in the paper
+    guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
+    updates: int = 2  # optimizer steps in an epoch. Clipping acts from the second on
+    learning_rate: float = 3e-3  # of AdamW
+    lr_decay: bool = True  # linearly to 0 over the run
+    adam_eps: float = 1e-8  # must be far below a single weight's gradient. As the losses are means
+    # over all D dimensions, this gradient is tiny: for SD3.5 it can be 1e-8 itself
+    clip_range: float = 1e-3  # how far a ratio may leave 1. Less clips more and learns less
+    beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
+    std_over: Literal["epoch", "group"] = "epoch"  # whose std divides the advantages
+    lora_rank: int = 32  # alpha is twice the rank
+    ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0 is off
+    ema_every: int = 1  # updates between averagings
+    batch_size: int = 64  # images in one pass of the network. Changes memory and speed only, but
+    # with bf16 it must divide the images of an update, or rounding changes the ratio
+    eval_prompts: int = 60  # how many prompts of the test file are drawn. 0: all
+    eval_per_prompt: int = 2  # images of each of them
 
 
-# The paper's setting: section 5.1 and, for guidance, learning rate, clip range and EMA, the code,
-# which trains in fp16. Its beta is 0.04 for GenEval and OCR; for PickScore it is 0.01.
+# From section 5.1 of the paper. Guidance, learning rate, clip range and EMA are from the code. The
+# beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01. PAPER/CODE: The code trains in
+# fp16. We use bf16, whose range is that of float32, so that no loss has to be scaled. The code
+# calls its moving average every 8 updates, but then once for each of the 2 batches of an update, so
+# its decay of 0.9 acts as 0.9^2 = 0.81.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, window=0,
     same_noise=False, guidance=4.5, learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04,
-    ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
-# For one GPU of 24 GB (an estimate). From verl-omni's 159 and 178; adam_eps is UniRL's (407).
+    ema_decay=0.81, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
+
+# For one GPU of 24 GB. The recipe is the script that verl-omni merged (pull requests 159 and 178),
+# whose text says 3e-4 where the script has a learning rate of 1e-4. adam_eps is from UniRL (407).
 FAST = PAPER | dict(
-    resolution=384, epochs=100, eval_every=10, groups=8, group_size=8, eval_steps=28, window=3,
-    latest_start=2, sde="cps", noise_level=0.8, guidance=1.0, clip_range=1e-5, beta=0.0,
-    adam_eps=1e-15, gradient_checkpointing=True, offload=True, eval_prompts=64)
+    resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
+    eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
+    learning_rate=1e-4, clip_range=1e-5, beta=0.0, adam_eps=1e-15, ema_decay=0.9, ema_every=1,
+    gradient_checkpointing=True, offload=True, eval_prompts=64)
+
 PRESETS = {
-    # The toy: for OCR the defaults above; these two rewards take longer.
-    "geneval": dict(reward="geneval", group_size=16, epochs=36, eval_every=12, window=2,
-                    learning_rate=1.5e-3, lr_decay=False, beta=0.1),
-    "toy_pickscore": dict(reward="toy_pickscore", groups=8, group_size=16, epochs=24, eval_every=12,
-                          window=2, learning_rate=2e-3, beta=0.1),
     "sd3.5-medium": PAPER,
     "sd3.5-medium-fast": FAST,
-    "sana-0.6b": FAST | dict(  # 8 GB; nobody has reported a run with these numbers
+    # The same for a smaller model. Nobody has reported a run with these numbers.
+    "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    "flux.1-dev": PAPER | dict(  # the official pickscore_flux; the paper's appendix has only scores
+    # From the official pickscore_flux. The paper's appendix has only scores. The moving average is
+    # called 6 times for each update here: 0.9^6 = 0.53.
+    "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
-        eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, batch_size=4,
-        gradient_checkpointing=True),
+        eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.53,
+        batch_size=4, gradient_checkpointing=True),
+    # The toy. The defaults are for OCR, these two rewards take longer.
+    "geneval": dict(
+        reward="geneval", group_size=16, epochs=36, eval_every=12, window=2, learning_rate=1.5e-3,
+        lr_decay=False, beta=0.1),
+    "toy_pickscore": dict(
+        reward="toy_pickscore", groups=8, group_size=16, epochs=24, eval_every=12, window=2,
+        learning_rate=2e-3, beta=0.1),
 }
-MAY_BE_0 = "seed epochs window latest_start beta ema_decay eval_prompts".split()
-RANGES = [f"0 {'<=' if f.name in MAY_BE_0 else '<'} {f.name} < 2**31"
-          for f in fields(Config) if f.type in (int, float)]
-RULES = RANGES + [
-    f"preset in {['', *PRESETS]}", "report_to in pip_installed",
-    "precision in ['fp32', 'bf16']", "sde in ['flow', 'cps']", "std_over in ['batch', 'group']",
-    "combine in ['sum', 'gdpo']", "train_steps >= 2", "group_size >= 2", "ema_decay < 1",
-    "noise_level >= 1e-3", "adam_eps >= 1e-18", "max_sequence_length >= 2",
-    "window + latest_start < train_steps", "sde == 'flow' or noise_level < 1",
-    "group_size % updates == 0", "groups % processes == 0",
-    "eval_prompts == 0 or eval_prompts >= processes"]
-MAY_CHANGE = ("name resume report_to epochs eval_every eval_reward learning_rate batch_size "
-              "gradient_checkpointing offload").split()  # on resuming
 
 
 def parse_config(argv=None):
-    """Config's defaults < the preset < the run to resume < the command line: the last one wins."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: stop(f"{message}; --help lists the options")
-    parser.format_help = lambda: f"{__doc__}\n{inspect.getsource(Config)}"  # it explains them all
-    for f in fields(Config):  # a bool has two: --offload and, against a preset, --no-offload
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        parser.add_argument(f"--{f.name}", **kind)
-    given = vars(parser.parse_args(argv))
-    preset = PRESETS.get(given.get("preset", given.get("reward")), {})
-    saved, resume = {}, given.get("resume")
-    try:
-        if resume:
-            saved = json.loads(Path(resume, "config.json").read_text())
-            if {name: type(saved[name]) for name in saved} != Config.__annotations__:
-                raise ValueError("other options, or of other types")
-    except Exception as error:  # whatever a damaged file makes these lines raise
-        stop(f"--resume {resume}: has no config.json of a run of this version ({error})")
-    for name in saved.keys() & given.keys() - MAY_CHANGE:
-        if given[name] != saved[name]:
-            stop(f"--{name} {given[name]}: the run to resume has {saved[name]}, which must stay")
-    config = Config(**preset | saved | given)
-    values = vars(config) | dict(
-        processes=PROCESSES.num_processes, pip_installed=["", *map(str, get_available_trackers())])
-    for rule in RULES:
-        if not eval(rule, {}, values):
-            broken = [f"{name} {values[name]!r}" for name in rule.split() if name in values]
-            stop(f"--{', '.join(broken)}: {rule} must hold")
+    """The defaults of Config < a preset, or the run to resume < the command line"""
+    def parse(defaults):
+        return tyro.cli(Config, default=Config(**defaults), args=argv, use_underscores=True,
+                        description=__doc__)
+
+    config = parse({})  # for the first time, to see which defaults are asked for
+    first_reward = next(iter(rewards.parse(config.reward, "--reward")))
+    if config.resume:
+        saved = read_checkpoint(config.resume)["options"]
+        config = parse(saved | {"resume": config.resume})
+    elif config.preset or first_reward in PRESETS:
+        preset = config.preset or first_reward
+        if preset not in PRESETS:
+            sys.exit(f"--preset {preset}: choose from {', '.join(PRESETS)}")
+        config = parse(PRESETS[preset])
+    check_config(config)
     return config
 
 
-# ------------------------------------------------------------------------- 7. processes and files
-# `accelerate launch` and torchrun start this script once for each GPU. Each process takes whole
-# groups. Without cpu=..., torchrun on a CPU would silently make independent runs.
-PROCESSES = PartialState(cpu=not torch.accelerator.is_available())
-# disable=None: a bar on a terminal, nothing in a log file
-progress = partial(tqdm, leave=False, disable=None if PROCESSES.is_main_process else True)
+def check_config(config):
+    """Stop for what would fail late, or not at all."""
+    may_be_0 = ("seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts")
+    for name, value in asdict(config).items():
+        if type(value) in (int, float):
+            if not (0 < value < math.inf or value == 0 and name in may_be_0):
+                least = "at least 0" if name in may_be_0 else "above 0"
+                sys.exit(f"--{name} {value}: must be a number {least}")
+    if config.group_size < 2:
+        sys.exit("--group_size 1: must be 2 or more, because the images are compared")
+    if config.group_size % config.updates:
+        sys.exit(f"--updates {config.updates}: must divide --group_size {config.group_size}")
+    if config.groups % WORLD.num_processes:
+        sys.exit(f"--groups {config.groups}: must be a multiple of the number of processes, "
+                 f"{WORLD.num_processes}")
+    if 0 < config.eval_prompts < WORLD.num_processes:
+        sys.exit(f"--eval_prompts {config.eval_prompts}: must be at least one for each of the "
+                 f"{WORLD.num_processes} processes, or 0 for all prompts")
+    if config.train_steps < 2 or config.window + config.latest_start >= config.train_steps:
+        sys.exit(f"--window {config.window} --latest_start {config.latest_start}: their sum must "
+                 f"be below --train_steps {config.train_steps}, as the last is never an SDE step")
+    if config.sde == "cps" and config.noise_level >= 1:
+        sys.exit(f"--noise_level {config.noise_level}: must be below 1 with --sde cps")
+    if config.ema_decay >= 1:
+        sys.exit(f"--ema_decay {config.ema_decay}: must be below 1, or nothing is ever averaged")
+    rewards.parse(config.eval_reward, "--eval_reward")
+    trackers = ["", *map(str, get_available_trackers())]
+    if config.report_to not in trackers:
+        sys.exit(f"--report_to {config.report_to}: it is not installed. "
+                 f"Installed are: {', '.join(trackers[1:]) or 'none'}")
+    wants_gpu = "model" in PRESETS.get(config.preset, {})
+    if wants_gpu and WORLD.device.type == "cpu" and not config.cpu:
+        sys.exit(f"--preset {config.preset}: torch finds no GPU (is this a CPU build of it, or the "
+                 "driver too old?). To run it on the CPU all the same, add --cpu")
+    if config.name and not config.resume and Path("runs", config.name, "checkpoint.pt").exists():
+        sys.exit(f"--name {config.name}: this run exists. Continue it with "
+                 f"--resume runs/{config.name}, or take another name")
+    try:
+        Path("runs").mkdir(exist_ok=True)
+    except OSError as error:
+        sys.exit(f"the folder runs/ cannot be made here: {error}")
+    if not os.access("runs", os.W_OK):
+        sys.exit("the folder runs/ cannot be written to")
+
+
+# ------------------------------------------------------------------- 7. processes, files, pictures
+def progress(items, title):
+    """A bar on a terminal, nothing in a log file"""
+    return tqdm(items, title, leave=False, disable=None if WORLD.is_main_process else True)
+
+
+def say(line):
+    """Print a line once, whatever the number of processes"""
+    if WORLD.is_main_process:
+        tqdm.write(line)
+        sys.stdout.flush()
 
 
 def my_part(items):
-    """This process's part of a list or tensor. gather and gather_object are the inverse."""
-    n, rank = PROCESSES.num_processes, PROCESSES.process_index
+    """The part of this process of a list or tensor. Together, the parts are the whole, in order."""
+    n = WORLD.num_processes
+    rank = WORLD.process_index
     return items[len(items) * rank // n:len(items) * (rank + 1) // n]
 
 
-def stop(message):
-    """Ends the run with one line and exit code 2, without a traceback."""
-    argparse.ArgumentParser().exit(2, f"flow_grpo.py: {' '.join(message.split())}\n")
+def claim_folder(config):
+    """The folder of this run. No other run gets the same, even if both start at the same time."""
+    folder = None
+    if config.resume:
+        folder = config.resume
+    elif config.name:
+        folder = f"runs/{config.name}"  # check_config has seen that it has no checkpoint
+    elif WORLD.is_main_process:
+        name = "-".join(re.sub(r"[^\w.]+", "-", reward).strip("-.")
+                        for reward in rewards.parse(config.reward, "--reward"))
+        for number in itertools.count(1):
+            folder = f"runs/{name}" if number == 1 else f"runs/{name}-{number}"
+            try:
+                Path(folder).mkdir()
+                break
+            except FileExistsError:
+                continue
+    folder = Path(gather_object([folder])[0])  # that of the main process
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def load_prompts(config, split):
-    """The dataset's prompts as [(prompt, metadata)], in either layout of the official repository"""
-    task = "ocr" if "ocr" in re.split("[,:]", config.reward) else "geneval"
-    folder, rows = Path(config.dataset or f"{rewards.TOY}/{task}"), []
-    text, table = folder / f"{split}.txt", folder / f"{split}_metadata.jsonl"
+def save(policy, config, folder, history):
+    """The options, the LoRA for diffusers, and the checkpoint for --resume"""
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    layers = policy.lora()
+    policy.pipe.save_lora_weights(folder, transformer_lora_layers=layers)
+    if "eval_reward" in history[-1]:
+        samples = folder / f"samples/{len(history) - 1:04d}"
+        policy.pipe.save_lora_weights(samples, transformer_lora_layers=layers)
+    # The checkpoint comes last, and under another name first. Wherever a run is killed, there is a
+    # whole checkpoint, and every epoch in it has all its other files.
+    checkpoint = policy.checkpoint() | {"options": asdict(config), "history": history}
+    torch.save(checkpoint, folder / "checkpoint.tmp")
+    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+
+
+def read_checkpoint(folder):
+    path = Path(folder, "checkpoint.pt")
+    if not path.exists():
+        sys.exit(f"--resume {folder}: there is no checkpoint.pt. If the run was stopped before its "
+                 "first one, start it again, with the same --name")
     try:
-        path = text if text.exists() else table
-        for line in filter(str.strip, path.read_text("utf-8-sig").split("\n")):
-            row = json.loads(line) if path == table else {"prompt": line}
-            rows.append((row["prompt"].strip(), row))
-    except Exception as error:  # whatever a wrong file makes these lines raise
-        stop(f"--dataset {folder}: needs {text.name} in UTF-8, or {table.name} with a JSON object "
-             f"with a prompt on each line (after {len(rows)} good ones: {error!r})")
-    if len(rows) < PROCESSES.num_processes:
-        stop(f"--dataset {folder}: needs a {split} prompt for each process")
-    return rows
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        Config(**checkpoint["options"])
+        return checkpoint
+    except (OSError, RuntimeError, EOFError, TypeError, KeyError, pickle.UnpicklingError) as error:
+        sys.exit(f"--resume {folder}: its checkpoint.pt is damaged, or of another version of this "
+                 f"script ({type(error).__name__})")
 
 
-def begin(config, policy):
-    """-> the run's folder, the metrics that it has already, and accelerate's tracker"""
-    rows = load(policy, config.resume) if config.resume else []
-    folder = Path(config.resume or gather_object([claim(config)])[0])
-    config.resume = str(folder)  # so that main can say how to go on
-    write(folder / "config.json", json.dumps(vars(config), indent=1).encode())
-    save(policy, folder, rows)  # after config.json: a run with a checkpoint can be resumed
-    PROCESSES.print(f"{folder}: {config.groups} groups x {config.group_size} images an epoch on "
-                    f"{PROCESSES.num_processes} x {policy.device.type}", flush=True)
-    tracker = Accelerator(log_with=config.report_to or None, project_dir=folder)
-    tracker.init_trackers("flow_grpo", vars(config).copy())
-    return folder, rows, tracker
+def start_trackers(config, folder):
+    """accelerate's trackers, for --report_to"""
+    accelerator = Accelerator(log_with=config.report_to or None, project_dir=folder)
+    accelerator.init_trackers("flow_grpo", asdict(config), {"wandb": {"name": folder.name}})
+    return accelerator
 
 
-@PROCESSES.on_main_process
-def claim(config):
-    """A folder that no other run has: runs/<name>, or the first free of ocr, ocr-2, ocr-3, ..."""
-    name = config.name or re.sub(r"[^\w.-]+", "-", config.reward)
-    for number in range(1, 2 if config.name else 10**6):  # a given name is tried once
-        folder = Path("runs", name if number == 1 else f"{name}-{number}")
-        with suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
-    stop(f"--name {name}: {folder} exists; take another, or --resume {folder}")
-
-
-@PROCESSES.on_main_process
-def write(path, content):
-    """Under another name first: a run that is killed here leaves the last good file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def save(policy, folder, rows):
-    """The averaged LoRA in diffusers' format, and everything that a later epoch depends on"""
-    lora = {}
-    with policy.averaged():
-        for key, value in peft.get_peft_model_state_dict(policy.network).items():
-            scale = 2 if "lora_B" in key else 1  # alpha / rank, which diffusers takes to be 1
-            lora[key.replace("base_model.model", "transformer")] = scale * value
-    write(folder / "pytorch_lora_weights.safetensors", safetensors.torch.save(lora))
-    buffer = io.BytesIO()  # no generator's state: all that is random comes from (seed, epoch)
-    torch.save(([*policy.params, policy.average], policy.optimizer.state_dict(), rows), buffer)
-    write(folder / "checkpoint.pt", buffer.getvalue())
-
-
-def load(policy, folder):
-    """Puts a checkpoint back -> the metrics so far"""
-    try:
-        tensors, optimizer, rows = torch.load(
-            f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
-        for own, saved in zip([*policy.params, policy.average], tensors, strict=True):
-            own.data.copy_(saved)
-        policy.optimizer.load_state_dict(optimizer)
-        return rows
-    except Exception as error:  # whatever a damaged file makes torch raise
-        stop(f"--resume: {folder}/checkpoint.pt is missing, damaged or not of this run ({error})")
-
-
-# ------------------------------------------------------------------------ 8. numbers and pictures
-def check_finite(values, prompts, what):
-    """Raises FloatingPointError for the first prompt with values that are not finite. [B, ...]"""
-    for prompt, value in zip(prompts, values):
-        if not value.isfinite().all():
-            raise FloatingPointError(f"{what} of {prompt!r} are not finite: lower --learning_rate")
-
-
-def score(reward, images, prompts, metadata, key):
-    """All processes' images -> {name: [B], ..., "reward": their weighted sum}, and their means"""
-    scores = rewards.score(reward, images, prompts, metadata)
-    scores = {name: np.array(gather_object(values)) for name, values in scores.items()}
-    means = {f"{key}/{name}".removesuffix("/reward"): scores[name].mean() for name in scores}
-    return scores, means
-
-
-def draw_grid(images, rows, scores, folder, epoch):
-    """The first 32 images, each under its prompt and score -> samples/<epoch>.png"""
-    images = gather_object(images[:32])[:32]
-    sheet = Image.new("RGB", (1200, 40 + 200 * math.ceil(len(images) / 8)), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((8, 4), f"after {epoch} epoch{'s' * (epoch != 1)}", "black", font_size=24)
-    for n, (image, (prompt, _), value) in enumerate(zip(images, rows, scores)):
-        x, y = n % 8 * 150 + 8, n // 8 * 200 + 38
-        pen.text((x, y), textwrap.fill(f"{value:.2f}: {prompt[:60]}", 22), "black", font_size=12)
-        sheet.paste(image.resize((140, 140)), (x, y + 48))
-    if PROCESSES.is_main_process:
-        (folder / "samples").mkdir(exist_ok=True)
-        sheet.save(folder / f"samples/{epoch:04d}.png")
-
-
-@PROCESSES.on_main_process
-def record(policy, folder, rows, tracker):
-    """After an epoch: a line, the metrics, after an evaluation the pictures, and a checkpoint"""
-    row = rows[-1]
-    tracker.log(row, step=row["epoch"])
-    write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    shown = "epoch reward eval_reward eval_accuracy kl clip_low clip_high grad_norm seconds".split()
-    print(*(f"{key} {row[key]:.4g}" for key in shown if key in row), sep=", ", flush=True)
+def report(config, folder, history, trackers):
+    """Print the main metrics of an epoch, write all of them, and draw the pictures"""
+    row = history[-1]
+    epoch = len(history) - 1
+    names = [key for key in row if key.startswith("eval_reward/")]
+    shown = ["reward", "eval_reward"] + (names if len(names) > 1 else [])
+    shown += ["eval_accuracy", "no_signal", "kl", "clip_low", "clip_high", "grad_norm", "seconds"]
+    numbers = [f"{key} {row[key]:.4g}" for key in shown if key in row]
+    say(f"epoch {epoch}/{config.epochs}: {', '.join(numbers)}")
+    lines = [json.dumps(row) + "\n" for row in history]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    trackers.log(row, step=epoch)
     if "eval_reward" in row:
-        frames = [Image.open(path).copy() for path in sorted(folder.glob("samples/*.png"))]
-        Image.fromarray(np.vstack([frames[0], frames[-1]])).save(folder / "before_after.png")
-        palette = Image.fromarray(np.vstack(frames)).quantize()  # one for all, or colours jump
-        first, *others = [frame.quantize(palette=palette, dither=0) for frame in frames]
-        first.save(folder / "film.gif", save_all=True, append_images=others, duration=1000, loop=0)
-        axes = Figure().subplots()
-        for key in sorted({"reward", "eval_reward", "eval_accuracy"} & row.keys()):
-            axes.plot(*zip(*[(r["epoch"], r[key]) for r in rows if key in r]), "o-", label=key)
-        axes.set_xlabel("epoch")
-        axes.legend()
-        axes.figure.savefig(folder / "curve.png")
-    save(policy, folder, rows)  # last: an epoch in the checkpoint has all its other files
+        try:
+            draw_curve(folder, history)
+            draw_before_after(folder)
+            draw_film(folder)
+        except Exception as error:  # whatever happened to the files: no picture may stop a run
+            say(f"warning: no pictures this time: {error!r}")
+
+
+def summary(folder, history):
+    """What was gained, and which evaluation was the best"""
+    evaluated = [row for row in history if "eval_reward" in row]
+    best = max(evaluated, key=lambda row: row["eval_reward"])
+    gains = [f"{key} {evaluated[0][key]:.3f} -> {evaluated[-1][key]:.3f}"
+             for key in ("eval_reward", "eval_accuracy") if key in evaluated[0]]
+    return f"{', '.join(gains)}. The best LoRA is in {folder}/samples/{int(best['epoch']):04d}"
+
+
+def save_images(images, rows, scores, folder):
+    """The images of the first 12 prompts, with a file of their prompts and scores"""
+    images = gather_object(images[:12])[:12]
+    if not WORLD.is_main_process:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "prompts.jsonl", "w") as file:
+        for number, (image, row, score) in enumerate(zip(images, rows, scores)):
+            image.save(folder / f"{number:02d}.png")
+            file.write(json.dumps({"prompt": row["prompt"], "score": score}) + "\n")
+
+
+def read_images(folder):
+    """What save_images has written -> a list of (image, prompt, score)"""
+    with open(folder / "prompts.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    return [(Image.open(folder / f"{number:02d}.png"), row["prompt"], row["score"])
+            for number, row in enumerate(rows)]
+
+
+def evaluations(folder):
+    """The folders of the evaluations so far, the first one first"""
+    return sorted(path for path in folder.glob("samples/*") if re.fullmatch(r"\d+", path.name))
+
+
+def draw_before_after(folder):
+    """Each prompt at the first and at the last evaluation -> before_after.png"""
+    first, *_, last = map(read_images, [evaluations(folder)[0], *evaluations(folder)])
+    figure = Figure(figsize=(8.8, 11), dpi=100, layout="constrained")
+    plots = figure.subplots(4, 3).flat
+    for plot, (before, prompt, score_before), (after, _, score) in zip(plots, first, last):
+        gap = Image.new("RGB", (before.width // 24, before.height), "white")
+        plot.imshow(np.hstack([before, gap, after]))
+        title = f"{score_before:.2f} -> {score:.2f}  {prompt}"
+        plot.set_title(textwrap.fill(title, 40), fontsize=8, parse_math=False)
+    for plot in figure.axes:
+        plot.set_axis_off()
+    figure.savefig(folder / "before_after.png")
+
+
+def draw_film(folder, frames=12, size=220):
+    """The same images at up to 12 evaluations -> film.gif"""
+    folders = evaluations(folder)
+    places = np.linspace(0, len(folders) - 1, min(frames, len(folders))).round().astype(int)
+    sheets = []
+    for place in places:
+        sheet = Image.new("RGB", (4 * size, 3 * size + 24), "white")
+        ImageDraw.Draw(sheet).text((6, 2), f"epoch {int(folders[place].name)}", "black",
+                                   font_size=18)
+        for number, (image, _, _) in enumerate(read_images(folders[place])):
+            corner = (number % 4 * size, number // 4 * size + 24)
+            sheet.paste(image.resize((size - 4, size - 4)), corner)
+        sheets.append(sheet)
+    sheets[0].save(folder / "film.gif", save_all=True, append_images=sheets[1:], duration=1000,
+                   loop=0)
+
+
+def draw_curve(folder, history):
+    """A panel for each reward, and for the accuracy and the KL -> curve.png"""
+    panels = []  # (title, the key while training, the key of the evaluation)
+    for key in history[-1]:
+        if key.startswith("eval_reward/"):
+            panels.append((key.removeprefix("eval_reward/"), key.removeprefix("eval_"), key))
+    panels += [("accuracy", "", "eval_accuracy"), ("KL penalty", "kl", "")]
+    panels = [panel for panel in panels if any(set(panel) & row.keys() for row in history)]
+    figure = Figure(figsize=(3.2 * len(panels), 3), dpi=100, layout="constrained")
+    plots = figure.subplots(1, len(panels), squeeze=False).flat
+    for plot, (title, train_key, eval_key) in zip(plots, panels):
+        for key, label in ((train_key, "training images"), (eval_key, "evaluation")):
+            rows = [row for row in history if key in row]
+            if rows:
+                epochs = [row["epoch"] for row in rows]
+                plot.plot(epochs, [row[key] for row in rows], ".-", label=label)
+        plot.set_title(title)
+        plot.set_xlabel("epoch")
+        plot.legend()
+    figure.savefig(folder / "curve.png")
 
 
 def main(argv=None):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's Ctrl-C
-    config = parse_config(argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no terminal can fail to print a prompt
     try:
-        return train(config)
+        config = parse_config(argv)
+        train(config)
     except torch.OutOfMemoryError:
-        problem = "out of GPU memory: lower --batch_size, add --gradient_checkpointing, --offload"
-    except (KeyboardInterrupt, FloatingPointError, rewards.RewardError, OSError) as error:
-        problem = str(error) or "interrupted"
-    if config.resume and Path(config.resume, "checkpoint.pt").exists():
-        problem += f"; --resume {config.resume} goes on after the last whole epoch"
-    stop(problem)
+        sys.exit("out of GPU memory: lower --batch_size, add --gradient_checkpointing or --offload")
+    except rewards.RewardError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,29 @@
-"""Rewards for flow_grpo.py. A reward is a function of the images and of what was asked for:
+"""Prompts and rewards for flow_grpo.py. A reward is a function of images and what was asked for:
 
     reward(images: list[PIL.Image], prompts: list[str], metadata: list[dict]) -> list[float]
 
-`--reward` takes a name of REWARDS, your own "file.py:function", or a sum: "ocr:1,pickscore:0.5".
-A function of REWARDS loads the models and returns the reward, so nothing else is ever loaded.
+`--reward` takes a name from REWARDS below, your own "file.py:function", or a weighted sum of these,
+"ocr:1,pickscore:0.5". REWARDS holds factories: they load the models and return the reward, so only
+what is asked for gets loaded. metadata are the rows of the dataset, which contain the prompts.
+
 A reward may have an attribute `check`, a function of all prompts and metadata. It is called before
-the first epoch and raises RewardError for what the reward cannot judge.
-A failure never becomes a score. The reward raises, and the run stops with one line.
-ImageReward is missing: its package does not run with the transformers that diffusers needs.
+training and raises RewardError for a prompt that the reward cannot judge. Scores are never made up:
+if a reward fails, the run stops. (ImageReward is missing: its package needs an old transformers.)
 """
-import copy
-import functools
-import importlib.util
+import importlib
+import json
 import math
 import os
 import sys
-import traceback
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from functools import lru_cache, partial
+from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -30,7 +32,7 @@ TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
 
 
 class RewardError(ValueError):
-    """What the user must know, in one line."""
+    """Something that the user has to change. The run stops with this one line."""
 
 
 # ----------------------------------------------------------------------------------- text rendering
@@ -40,8 +42,10 @@ def ocr():
     N_e is the edit distance from what is read to the N_ref letters that were asked for.
     Engine: PaddleOCR's PP-OCRv6 (small) on onnxruntime, inside the `rapidocr` package.
     """
+    import onnxruntime
     from rapidfuzz.distance import Levenshtein
     from rapidocr import RapidOCR
+    onnxruntime.disable_telemetry_events()
     # Many engines of one thread are faster than one engine of many threads. By default rapidocr
     # enlarges small images to 736 pixels and pads each line to a width of 320: slow, for nothing.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -66,20 +70,37 @@ def ocr():
 
 
 def quoted(prompt):
-    """The text between the prompt's first two double quotes."""
+    """The text between the prompt's first two double quotes
+
+    A quote that is not a quotation mark would shift them: an odd number of quotes, as in 12" for
+    inches, or a backslash before one. No official prompt has either.
+    """
     parts = prompt.split('"')
     if len(parts) < 3 or not parts[1].strip():
         raise RewardError(f"the prompt {prompt!r} has no text in double quotes, "
                           'such as: a sign that says "HELLO"')
+    if len(parts) % 2 == 0 or '\\"' in prompt:
+        raise RewardError(f"the prompt {prompt!r} has an odd number of double quotes, or a "
+                          "backslash before one, so its text is not clear")
     return parts[1]
 
 
 def text_score(text, target, distance):
     """Case and spaces do not count, nor what is beside a target that is whole (official ocr.py)."""
-    text, target = (words.replace(" ", "").lower() for words in (text, target))
+    if not target.isascii():
+        # PAPER/CODE: The official code compares the characters as they are, so that a target with a
+        # curly apostrophe could never be right: the engine reads a straight one.
+        text, target = plain(text), plain(target)
+    text, target = ("".join(words.split()).lower() for words in (text, target))
     if target in text:
         return 1.0
     return max(1 - distance(text, target) / len(target), 0.0)
+
+
+def plain(text):
+    """One form for characters that look alike: full width, ligatures, accents, curly quotes"""
+    straight = str.maketrans("\u2018\u2019\u201b\u201c\u201d\u201f", "'''\"\"\"")
+    return unicodedata.normalize("NFKC", text).translate(straight)
 
 
 # ----------------------------------------------------------------------------- composition: GenEval
@@ -89,7 +110,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 def geneval_score(found, row):
     """The paper's rule-based reward (section 5.1): the mean of all terms, 1 when all is as asked.
 
-    found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata.
+    found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata. Colour
+    and place are in this order also if one object has both (no official prompt has).
     A count gives 1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. A colour
     gives the same fraction, a place 0 or 1, and both give 0 while the count is wrong.
     """
@@ -98,11 +120,11 @@ def geneval_score(found, row):
         objects = [thing for thing in found if thing["class"] == asked["class"]]
         terms.append(1 - abs(asked["count"] - len(objects)) / asked["count"])
         right = len(objects) == asked["count"]
-        if "color" in asked:
+        if asked.get("color"):
             colored = sum(thing["color"] == asked["color"] for thing in objects)
             terms.append(1 - abs(asked["count"] - colored) / asked["count"] if right else 0.0)
             right = right and colored == asked["count"]
-        if "position" in asked:
+        if asked.get("position"):
             # PAPER/CODE: after a wrong place the official code adds another term of 1, so that a
             # failure scores 0.75. We follow the paper.
             relation, number = asked["position"]
@@ -119,8 +141,9 @@ def geneval_score(found, row):
 def relations(box, reference):
     """Where a box lies from another: a set of RELATIONS (GenEval's rule, arXiv 2310.11513).
 
-    The distance of the centres must exceed a tenth of the boxes' summed sizes, and it must point
-    within 60 degrees of the side. Boxes: (left, top, right, bottom) in pixels.
+    The offset of the centres is shortened by a tenth of the boxes' summed sizes, along each axis.
+    What is left of it, divided by the whole distance, must be above 0.5 towards the side. Boxes:
+    (left, top, right, bottom) in pixels.
     """
     box, reference = np.reshape(box, (2, 2)), np.reshape(reference, (2, 2))
     offset = box.mean(0) - reference.mean(0)
@@ -134,20 +157,30 @@ def relations(box, reference):
 
 
 def check_metadata(prompts, metadata, classes, colors):
-    """Raises RewardError for a prompt that a detector of these classes and colours cannot judge."""
+    """Raises RewardError for what geneval_score cannot judge with these classes and colours."""
     for prompt, row in zip(prompts, metadata):
         who = f"the prompt {prompt!r}"
-        if not row.get("include"):
+        include = row.get("include")
+        if not include or not isinstance(include, list):
             raise RewardError(f"{who} has no GenEval metadata; use a dataset of *_metadata.jsonl")
-        for asked in row["include"]:
-            name, color = asked["class"], asked.get("color")
-            relation, _ = asked.get("position", ("above", 0))
-            if name not in classes or color not in (None, *colors):
+        for number, asked in enumerate(include):
+            name, count, color = (asked.get(key) for key in ("class", "count", "color"))
+            if name not in classes or color and color not in colors:
                 hint = "; geneval_photo knows it" if name in PHOTO_CLASSES else ""
                 raise RewardError(f"{who} asks for {color or 'a'} {name}{hint}; "
                                   f"the detector knows {', '.join(classes)}; {', '.join(colors)}")
+            if type(count) is not int or count < 1:
+                raise RewardError(f"{who}: the count of {name} is {count!r}, not 1 or more")
+            if not asked.get("position"):
+                continue
+            if not isinstance(asked["position"], list) or len(asked["position"]) != 2:
+                raise RewardError(f"{who}: a position is [relation, number of the reference]")
+            relation, reference = asked["position"]
             if relation not in RELATIONS:
                 raise RewardError(f"{who}: place {relation!r} is none of {', '.join(RELATIONS)}")
+            if type(reference) is not int or not 0 <= reference < number:
+                raise RewardError(f"{who}: the position of {name} refers to object {reference!r}, "
+                                  "which is not one that comes before it (they count from 0)")
 
 
 def scene_reward(judge, classes, colors):
@@ -155,7 +188,7 @@ def scene_reward(judge, classes, colors):
     def reward(images, prompts, metadata):
         check_metadata(prompts, metadata, classes, colors)
         return [judge(image, row) for image, row in zip(images, metadata)]
-    reward.check = functools.partial(check_metadata, classes=classes, colors=colors)
+    reward.check = partial(check_metadata, classes=classes, colors=colors)
     return reward
 
 
@@ -171,19 +204,25 @@ computer_keyboard cell_phone microwave oven toaster sink refrigerator book clock
 teddy_bear hair_drier toothbrush""".split()]
 
 
+# What mmdet's test pipeline makes of an image before it looks for objects, in pixels
+DETECTOR_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
+
+
 def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name=CLIP):
     """GenEval's six tasks in photographs, without mmdet or a reward server.
 
     Models: Mask2Former Swin-S, trained on COCO (0.3 GB), and CLIP ViT-L/14 (1.7 GB) for colours.
     As in the original evaluator (arXiv 2310.11513): confidence above 0.3, or 0.9 when counting; at
-    most 16 objects of a class; a colour is told on the object alone, cut out on grey. But images
-    are not compressed to JPEG first, and CLIP is OpenAI's, not open_clip's copy of it.
+    most 16 objects of a class; images enlarged to 800 pixels; a colour is told on the object alone,
+    cut out on grey. But the weights are the hub's copy of Mask2Former and OpenAI's of CLIP, not
+    mmdet's and open_clip's, and images are not compressed to JPEG first.
     """
     detect = load_detector(detector)
-    _, embed = load_clip(name, name, "1.7 GB")
+    _, embed = load_clip(name, name)
+
     def judge(image, row):
         found = detect(image, threshold=0.9 if row.get("tag") == "counting" else 0.3)
-        colored = [asked["class"] for asked in row["include"] if "color" in asked]
+        colored = [asked["class"] for asked in row["include"] if asked.get("color")]
         for thing in found:
             if thing["class"] in colored:  # only then, as it takes a pass through CLIP
                 thing["color"] = name_color(embed, image, thing)
@@ -194,17 +233,17 @@ def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name
 def load_detector(name):
     """-> a function of image and threshold that gives [{"class", "box", "mask"}]"""
     from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
-    model = from_hub(Mask2FormerForUniversalSegmentation.from_pretrained, name, "0.3 GB").to(DEVICE)
-    processor = from_hub(AutoImageProcessor.from_pretrained, name, "0.3 GB")
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(name).to(DEVICE)
+    processor = AutoImageProcessor.from_pretrained(name)
     if model.config.num_labels != len(PHOTO_CLASSES):
         raise RewardError(f"the detector {name} has {model.config.num_labels} labels; "
                           "it must have COCO's 80, in COCO's order")
 
     @torch.no_grad()
     def detect(image, threshold):
-        inputs = processor(images=image.convert("RGB"), return_tensors="pt").to(model.device)
+        inputs = processor(images=image.convert("RGB"), size=DETECTOR_SIZE, return_tensors="pt")
         result, = processor.post_process_instance_segmentation(
-            model(**inputs), threshold=threshold, target_sizes=[image.size[::-1]],
+            model(**inputs.to(model.device)), threshold=threshold, target_sizes=[image.size[::-1]],
             return_binary_maps=True)
         pairs = list(zip(result["segments_info"], result["segmentation"]))
         found = {label: [] for label in PHOTO_CLASSES}
@@ -236,13 +275,13 @@ def pickscore(name="yuvalkirstain/PickScore_v1",
     Model: PickScore_v1, a CLIP ViT-H/14 (arXiv 2305.01569, 3.9 GB). The official training divides
     by 26, the paper's tables do not (SD3.5-Medium: 21.72): that is `pickscore_unscaled`.
     """
-    model, embed = load_clip(name, processor, "3.9 GB")
+    model, embed = load_clip(name, processor)
     return cosine_reward(embed, scale * model.logit_scale.exp().item())
 
 
 def clipscore(name=CLIP):
     """Alignment: 100 x the cosine of image and prompt. Model: CLIP ViT-L/14 (1.7 GB)."""
-    return cosine_reward(load_clip(name, name, "1.7 GB")[1], 100)
+    return cosine_reward(load_clip(name, name)[1], 100)
 
 
 def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
@@ -250,9 +289,11 @@ def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
 
     LAION's sac+logos+ava1-l14-linearMSE: github.com/christophschuhmann/improved-aesthetic-predictor
     """
-    model, embed = load_clip(name, name, "1.7 GB")
-    fetch = functools.partial(huggingface_hub.hf_hub_download, filename="aesthetic-model.pth")
-    path = head if os.path.exists(head) else from_hub(fetch, head, "4 MB")
+    import huggingface_hub
+    model, embed = load_clip(name, name)
+    path = head
+    if not os.path.exists(path):
+        path = huggingface_hub.hf_hub_download(head, "aesthetic-model.pth")
     state = torch.load(path, map_location=model.device, weights_only=True)
     layers = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
     def reward(images, prompts, metadata):
@@ -271,12 +312,12 @@ def cosine_reward(embed, scale):
     return reward
 
 
-@functools.lru_cache  # rewards that share a model share its memory
-def load_clip(name, processor, size):
+@lru_cache  # rewards that share a model share its memory
+def load_clip(name, processor):
     """-> the model, and a function of images and texts that gives their embeddings of length 1"""
     from transformers import AutoProcessor, CLIPModel
-    model = from_hub(CLIPModel.from_pretrained, name, size).to(DEVICE)
-    processor = from_hub(AutoProcessor.from_pretrained, processor, size)
+    model = CLIPModel.from_pretrained(name).to(DEVICE)
+    processor = AutoProcessor.from_pretrained(processor)
 
     @torch.no_grad()
     def embed(images, texts):
@@ -292,139 +333,199 @@ def load_clip(name, processor, size):
     return model, embed
 
 
-# --------------------------------------------------------------------------------- loading, scoring
-def from_hub(load, name, size):
-    """load(name): from this machine if the model is here, else from huggingface.co."""
-    import transformers
-    quiet(transformers)
-    with suppress(OSError, ValueError):  # it may not be here, or not whole
-        return load(name, local_files_only=True)
+# ---------------------------------------------------------------------- only for --eval_reward
+def diversity():
+    """How far an image is from the others of its prompt: the rms of pixel differences, 0 to 1."""
+    def reward(images, prompts, metadata):
+        pixels = [np.asarray(image, float) / 255 for image in images]
+        scores = []
+        for i, prompt in enumerate(prompts):
+            others = [j for j in range(len(images)) if prompts[j] == prompt and j != i]
+            distances = [np.sqrt(np.mean((pixels[i] - pixels[j]) ** 2)) for j in others]
+            scores.append(np.mean(distances) if distances else 0.0)
+        return scores
+    return reward
+
+
+# ------------------------------------------------------------------------ prompts, loading, scoring
+def toy(name):
+    """A reward of toy/world.py, which is imported only when one of them is asked for"""
+    from toy import world
+    return getattr(world, name)()
+
+
+REWARDS = {
+    "ocr": ocr,
+    "geneval": partial(toy, "geneval"),
+    "geneval_photo": geneval_photo,
+    "pickscore": pickscore,
+    "pickscore_unscaled": partial(pickscore, scale=1),
+    "clipscore": clipscore,
+    "aesthetic": aesthetic,
+    "toy_pickscore": partial(pickscore, f"{TOY}/pickscore", f"{TOY}/pickscore"),
+    "toy_taste": partial(toy, "toy_taste"),
+    "toy_sign": partial(toy, "toy_sign"),
+    "toy_inks": partial(toy, "toy_inks"),
+    "diversity": diversity,
+}
+# A score of 1 means that the image is entirely right. For these an accuracy is measured.
+HAVE_A_RIGHT_ANSWER = ("ocr", "geneval", "geneval_photo")
+
+
+def load_prompts(config, split):
+    """-> a list of dicts, each with a "prompt"
+
+    As in the official repository, a dataset is a folder with a train.txt that has a prompt on each
+    line, or a train_metadata.jsonl that has such a dict on each line. The same for test.
+    """
+    toy_task = "ocr" if "ocr" in parse(config.reward, "--reward") else "geneval"
+    folder = Path(config.dataset or f"{TOY}/{toy_task}")
+    text, table = folder / f"{split}.txt", folder / f"{split}_metadata.jsonl"
+    path = text if text.exists() else table
+    where = f"--dataset {folder}: "
     try:
-        if not os.path.exists(name):  # ask once: without a network, load would try for a minute
-            huggingface_hub.HfApi().model_info(name, timeout=10)
-        return load(name)
-    except Exception as error:  # each library has its own
-        raise RewardError(f"its model {name} ({size}) cannot be loaded: {one_line(error)}; it is "
-                          "downloaded from huggingface.co once, then works offline") from error
+        lines = path.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise RewardError(f"{where}{path.name} is not UTF-8 (at byte {error.start})") from error
+    except OSError as error:
+        raise RewardError(f"{where}{text.name} or {table.name} cannot be read there") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path == text:
+            row = {"prompt": line}
+        else:
+            row = read_row(line, f"{where}{path.name} line {number}")
+        rows.append(row | {"prompt": row["prompt"].strip()})
+    if len(rows) < PartialState().num_processes:
+        raise RewardError(f"{where}{path.name} must have a prompt for each process")
+    return rows
 
 
-def quiet(*libraries):
-    """No warnings of these libraries, and no progress bars but those of downloads."""
-    for library in libraries:
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.enable_progress_bars()  # a download may take an hour
+def read_row(line, where):
+    """A line of JSON -> a dict, without the keys whose value is null: tables write many of these."""
+    def without_nulls(pairs):
+        return {key: value for key, value in pairs if value is not None}
+    try:
+        row = json.loads(line, object_pairs_hook=without_nulls)
+    except ValueError as error:
+        raise RewardError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise RewardError(f'{where} is not a JSON object with a "prompt" that is a text')
+    if not isinstance(row.get("tag", ""), str):
+        raise RewardError(f"{where}: its tag {row['tag']!r} is not a text")
+    try:
+        row["prompt"].encode()
+    except UnicodeEncodeError as error:
+        raise RewardError(f"{where}: its prompt has half of a character in it "
+                          f"({ascii(error.object[error.start])})") from error
+    return row
 
 
-toy = lambda: load_file(f"{TOY}/world.py")  # which is imported only when it is asked for
-REWARDS = dict(
-    ocr=ocr, geneval=lambda: toy().geneval(), geneval_photo=geneval_photo, pickscore=pickscore,
-    pickscore_unscaled=functools.partial(pickscore, scale=1), clipscore=clipscore,
-    aesthetic=aesthetic, toy_taste=lambda: toy().toy_taste(), toy_sign=lambda: toy().toy_sign(),
-    toy_pickscore=functools.partial(pickscore, f"{TOY}/pickscore", f"{TOY}/pickscore"),
-    toy_inks=lambda: toy().toy_inks())
-
-
-def load(spec, option="--reward"):
-    """"ocr:1,mine.py:nice:2" -> {name: (reward, weight)}. Raises RewardError, naming the option."""
-    rewards = {}
-    for term in spec.split(","):
-        name, weight = term.strip(), 1.0
-        first, _, last = name.rpartition(":")
-        with suppress(ValueError):  # the last part may be no number
-            if first and math.isfinite(float(last)):
-                name, weight = first, float(last)
-        if name in rewards:
+def parse(spec, option):
+    """"ocr:1,mine.py:nice:2" -> {"ocr": 1.0, "mine.py:nice": 2.0}, the weight of each reward"""
+    weights = {}
+    for term in filter(None, map(str.strip, spec.split(","))):
+        name, weight = term, 1.0
+        first, _, last = term.rpartition(":")
+        if first and is_number(last):
+            name, weight = first, float(last)
+        if not math.isfinite(weight):
+            raise RewardError(f"{option} {spec}: the weight of {name} must be finite")
+        if name in weights:
             raise RewardError(f"{option} {spec}: {name} is there twice")
-        factory = REWARDS.get(name, functools.partial(load_function, name))
-        rewards[name] = guarded(f"{option} {name}", factory), weight
-    return rewards
+        if name not in REWARDS and ":" not in name:
+            raise RewardError(f"{option} {spec}: there is no reward {name!r}. Choose from "
+                              f"{', '.join(REWARDS)}, or give your own as file.py:function")
+        weights[name] = weight
+    if not weights and option == "--reward":
+        raise RewardError(f"--reward is empty: choose from {', '.join(REWARDS)}")
+    return weights
 
 
-def load_function(name):
-    """file:function, a file in the current folder or else anything that Python can import"""
+def is_number(text):
+    try:
+        float(text)
+        return True
+    except ValueError:
+        return False
+
+
+def load(spec, option):
+    """The same string -> {"ocr": (function, 1.0), ...}"""
+    loaded = {}
+    for name, weight in parse(spec, option).items():
+        if name not in REWARDS:
+            loaded[name] = (import_function(name, option), weight)
+            continue
+        try:
+            loaded[name] = (REWARDS[name](), weight)
+        except OSError as error:  # of transformers, for a model that is neither here nor reachable
+            reason = " ".join(str(error).split())[:300]
+            raise RewardError(f"{option} {name}: its model cannot be loaded, which is downloaded "
+                              f"from huggingface.co once: {reason}") from error
+    return loaded
+
+
+def import_function(name, option):
+    """file.py:function, or module:function for any module that Python finds"""
     file, _, function = name.rpartition(":")
-    if not file:
-        raise RewardError(f"choose from {', '.join(REWARDS)}, or give your own as file.py:function")
-    stem = file.removesuffix(".py")
-    paths = [path for path in (f"{stem}.py", f"{TOY}/../{stem}.py") if os.path.exists(path)]
-    if not paths and not importlib.util.find_spec(stem):
-        raise RewardError(f"there is no {stem}.py here, and Python cannot import {stem}")
-    module = load_file(paths[0]) if paths else importlib.import_module(stem)
-    if not callable(getattr(module, function, None)):
-        raise RewardError(f"{file} has no function {function}")
+    folder, module_name = os.path.split(file.removesuffix(".py"))
+    sys.path.append(os.path.abspath(folder))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:
+            raise  # something that the user's own file imports
+        raise RewardError(f"{option} {name}: there is no file {file}") from error
+    if not hasattr(module, function):
+        raise RewardError(f"{option} {name}: {file} has no function {function}")
     return getattr(module, function)
 
 
-def load_file(path):
-    """A Python file as a module, which is made only once"""
-    path = os.path.realpath(path)
-    if path in sys.modules:
-        return sys.modules[path]
-    sys.path.append(os.path.dirname(path))  # for its neighbours; last, so that they hide no library
-    spec = importlib.util.spec_from_file_location(path, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path] = module  # before it runs: dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[path]
-        raise
-    return module
+def check(rewards, rows):
+    """What could go wrong in the middle of the night is tried now: all prompts, and two images."""
+    for name, (reward, _) in rewards.items():
+        if hasattr(reward, "check"):
+            try:
+                reward.check([row["prompt"] for row in rows], rows)
+            except RewardError as error:
+                raise RewardError(f"reward {name}: {error}") from error
+    score(rewards, [Image.new("RGB", (64, 64))] * 2, [rows[0], rows[-1]])
 
 
-def load_both(config, rows):
-    """-> --reward, and the same with --eval_reward, only measured. rows: [(prompt, metadata)]"""
-    reward = load(config.reward)
-    extra = load(config.eval_reward, "--eval_reward") if config.eval_reward else {}
-    both = reward | {name: (extra[name][0], 0) for name in extra if name not in reward}
-    # What could fail hours later is tried now: every prompt, and two blank images.
-    for name, (function, _) in both.items():
-        if hasattr(function, "check"):
-            guarded(f"reward {name}", function.check, *zip(*rows))
-    score(both, [Image.new("RGB", (64, 64))] * 2, *zip(rows[0], rows[-1]))
-    return reward, both
+@torch.no_grad()
+def score(rewards, images, rows):
+    """The scores of all processes' images: {"reward/ocr": [B], ..., "reward": the weighted sum}
 
-
-def score(rewards, images, prompts, metadata):
-    """-> {name: a reward's scores, ..., "reward": their weighted sum}, lists of a float an image"""
-    scores, total = {}, np.zeros(len(images))
+    images and rows are those of this process. The scores of the others are gathered behind them.
+    """
+    prompts = [row["prompt"] for row in rows]
+    scores = {}
+    total = 0
     for name, (reward, weight) in rewards.items():
-        who = f"reward {name}, scoring {len(images)} images from {prompts[0]!r} on"
-        scores[name] = guarded(who, numbers, reward, images, prompts, metadata)
-        total += weight * np.array(scores[name])
-    return {**scores, "reward": total.tolist()}
+        values = to_floats(reward(images, prompts, rows), len(images), name)
+        values = np.array(gather_object(values))
+        scores[f"reward/{name}"] = values
+        total = total + weight * values
+    return {**scores, "reward": total}
 
 
-def numbers(reward, images, prompts, metadata):
-    """The reward's result as one finite float for each image. It gets copies of all."""
-    result = reward([image.copy() for image in images], [*prompts], copy.deepcopy([*metadata]))
-    if isinstance(result, (str, bytes, dict, set)):
-        raise RewardError(f"gave a {type(result).__name__}, not a list of numbers")
-    values = [float(value) for value in result]
-    if len(values) != len(images):
-        raise RewardError(f"gave {len(values)} scores for {len(images)} images")
-    for value, prompt in zip(values, prompts):
-        if not math.isfinite(value):
-            raise RewardError(f"gave {value} for {prompt!r}")
-    return values
-
-
-def guarded(who, function, *args):
-    """function(*args). Whatever it raises becomes a RewardError of one line."""
+def to_floats(result, count, name):
+    """What a reward returned -> a list of `count` floats"""
+    contract = f"reward {name} must return a list of {count} floats, one for each image, "
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict):
+        raise RewardError(f"{contract}not (scores, dict), as the official rewards do: return only "
+                          "the scores")
     try:
-        return function(*args)
-    except RewardError as error:
-        raise RewardError(f"{who}: {error}") from error
-    except (Exception, SystemExit) as error:  # a user's file may even call sys.exit(0)
-        calls = traceback.extract_tb(error.__traceback__)
-        theirs = [call for call in calls if not call.filename.startswith(("<frozen", __file__))]
-        call = (theirs or calls)[0]  # the first line outside of this file
-        hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
-        raise RewardError(f"{who}: {one_line(error)} ({os.path.basename(call.filename)} line "
-                          f"{call.lineno}){hint}") from error
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        values = torch.as_tensor(result, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RewardError(f"{contract}not a {type(result).__name__} ({error})") from error
+    if values.shape not in ((count,), (count, 1)):
+        raise RewardError(f"{contract}not {list(values.shape)} numbers")
+    values = values.flatten().tolist()
+    for value in values:
+        if not abs(value) < 1e30:  # above, or nan: the mathematics is in float32
+            raise RewardError(f"reward {name} gave {value}, which is not a finite score")
+    return values
