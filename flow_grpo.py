@@ -7,8 +7,8 @@ there are none. So Flow-GRPO makes the sampler random, learns from the differenc
 and takes the randomness away again at the end:
 
   sde_step          One denoising step, made random: it drops a little of the old noise and adds
-                    fresh noise instead. The distribution of the images does not change, but each
-                    step is now a Gaussian whose density is known. That makes it a policy.
+                    fresh noise instead. The distribution of the images stays the same if the steps
+                    are small, but each step is now a Gaussian whose density is known: a policy.
   rollout           Samples a group of images for each prompt, in 10 steps instead of 40.
   group_advantages  Compares the reward of each image with the rewards of its own group.
   update            Makes the steps behind the better images more likely and the others less, with
@@ -16,7 +16,8 @@ and takes the randomness away again at the end:
   evaluate          Samples with the ODE again, in 40 steps. These images are the result.
 
 Notation
-  t, s    time, from 1 (noise) to 0 (data). A step goes from t down to s. diffusers says `sigma`.
+  t, s    time, from 1 (noise) to 0 (data). A step goes from t down to s. (diffusers calls the
+          time `sigma`. Our sigma is something else, see below.)
   x       the latent at time t: x = (1-t) * data + t * noise
   v       the velocity: the network's estimate of noise - data
   a       how random the sampler is, the option noise_level
@@ -79,8 +80,8 @@ for library in (diffusers, transformers):  # they have a lot to say about the to
     library.utils.logging.disable_progress_bar()
 
 # ------------------------------------------------------------------------------ 1. the mathematics
-# All of this is computed in float32, even if the network runs in bf16. The ratio of a new to an old
-# probability is the exponential of a tiny difference, which bf16 would round to zero.
+# All of this is computed in float32, even if the network runs in bf16: the ratio of a new to an old
+# probability is very close to 1, and bf16 would round it to 1.
 #
 # The network sees x and t, but not the data and the noise that x is made of. The best v that it can
 # predict is the average of noise - data over everything that could have led to this x. Together
@@ -97,40 +98,42 @@ for library in (diffusers, transformers):  # they have a lot to say about the to
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9 of the paper
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# Why does equation 9 leave the distribution of x at every time as it is under the ODE? The ODE part
-# of the step carries the density p of x from time t to time s. Equation 9 does two more things:
+# Why does x keep the same distribution at every time with equation 9 as with the ODE? Let p be the
+# density of x. The ODE part of the step carries p from time t to time s, and the flow SDE does two
+# more things to it:
 #
-#     It adds fresh noise of variance std^2. Noise spreads a density like heat: p changes by
+#   - It adds fresh noise of variance std^2. Noise spreads a density like heat, so p changes by
 #     std^2 / 2 * laplacian(p).
-#     It takes std^2 / (2t) * noise_guess away from x. The gradient of log p, called the score, is
-#     -noise_guess / t (equation 27). So this moves every x uphill, by std^2 / 2 * grad(log p). And
-#     since p * grad(log p) = grad(p), such a move changes p by -std^2 / 2 * laplacian(p).
+#   - It takes std^2 / (2t) * noise_guess away from x. The gradient of log p, which is called the
+#     score, is -noise_guess / t (equation 27). So this moves x by u = std^2 / 2 * grad(log p).
+#     When every x moves by u, p changes by -div(p * u). Since p * grad(log p) is grad(p), this is
+#     -std^2 / 2 * laplacian(p).
 #
-# The two cancel at every x, whatever sigma is, to first order in the step (appendix A has the full
-# proof). A check with variances alone: fresh noise adds std^2. Taking away d * noise_guess removes
-# 2d * cov(x, noise_guess), and this covariance is t: cov(x, noise) is t, and the average of the
-# noise at a given x covaries with x as much as the noise itself. With d = std^2 / (2t), as much is
-# removed as is added.
+# The two changes cancel at every x, whatever sigma is, as long as the step is small (appendix A has
+# the full proof). The variances show the same: adding fresh noise raises the variance of x by
+# std^2, and taking d * noise_guess away lowers it by 2d * cov(x, noise_guess). This covariance is
+# t. For the true noise that is so because x contains t * noise, and noise_guess, its average given
+# x, has the same covariance with x. With d = std^2 / (2t), both sides are std^2.
 #
-# "To first order" means for small steps, and 10 steps are not that small. At a = 0.7, x has too
-# much noise after the first two of 10 steps: 4 and 8 % on the time grid of SD3.5, 7 and 12 % on the
-# toy's. With FLUX's 6 steps at a = 0.9 it is 14 and 26 %. `choose_window` tells of a worse step.
+# But 10 steps are not small steps, and near t = 1, where sigma grows without limit, no step is. At
+# a = 0.7 the noise in x has a std that is too large by 4 % after the first of 10 steps and 8 %
+# after the second on the time grid of SD3.5, 7 and 12 % on the toy's. With FLUX's 6 steps at
+# a = 0.9 it is 14 and 26 %. `choose_window` tells of a step that is much worse.
 #
-# CPS makes the steps exact in a different sense. It chooses keep^2 + std^2 = s^2, so if noise_guess
-# were the true noise, x would have exactly the right amount of it after steps of any size. But
-# noise_guess is an average, which varies less than the noise itself, so CPS makes x too narrow:
-# around each mode of the data by 15 % (a = 0.7) to 20 % (a = 0.8), no matter how many steps.
+# CPS aims at the right amount of noise after steps of any size. With keep^2 + std^2 = s^2, old and
+# fresh noise together have a std of exactly s, if noise_guess is the true noise. But an average
+# varies less than what it averages, so x gets too narrow: around one mode of the data its std is
+# too small by 20 % at a = 0.7 and 24 % at a = 0.8 with 40 steps, and still by 15 and 20 % in the
+# limit of many steps.
 #
-# Does the ODE not have the same problem, as it keeps the same guess? No: before the step,
-# (1-t) * data_guess + t * noise_guess is x itself, and a small step of the ODE hardly changes that
-# sum. Only a sampler that swaps a part of noise_guess for fresh noise has to get the swap right. It
-# changes the variance of x by
+# Why is the ODE not too narrow, when it keeps s * noise_guess? Because the average is in x already:
+# x is (1-t) * data_guess + t * noise_guess, and a small step of the ODE hardly changes this sum. A
+# random sampler takes c * noise_guess out of it, where c = s - keep. That lowers the variance of x
+# by 2cs - c^2 * Var(noise_guess), as the covariance is about s.
 #
-#     std^2 - 2 * (s-keep) * s + (s-keep)^2 * Var(noise_guess)      (with s for t, which is near)
-#
-# With equation 9 the first two terms cancel, and the third is of second order in the step. With
-# CPS the sum is -(s-keep)^2 * (1 - Var(noise_guess)), and s-keep = s * (1 - cos(a * pi/2)) does not
-# shrink with the step.
+#   - Equation 9 adds std^2 = 2ct, which is the same in small steps, where t is near s and c^2 tiny.
+#   - CPS adds std^2 = s^2 - (s-c)^2 = 2cs - c^2, as if Var(noise_guess) were 1. It is less, and c
+#     is not tiny in small steps: c = s * (1 - cos(a * pi/2)) has no step size in it.
 
 
 class Step(NamedTuple):
@@ -154,7 +157,8 @@ def make_step(times, i, noise_level, sde="flow"):
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
         return Step(t, s, keep, std, kl_std=std)
-    # sigma is infinite at t = 1, so there we divide by 1 - s, like the official code.
+    # sigma is infinite at t = 1, so there we divide by 1 - s, like the official code. The first std
+    # is then a, whatever the size of the step.
     below_one = torch.where(t == 1, s, t)
     sigma = noise_level * torch.sqrt(t / (1 - below_one))
     std = sigma * torch.sqrt(t - s)
@@ -167,8 +171,8 @@ def sde_mean(x, v, step):
 
     For the flow SDE this is the mean in equation 9, which the paper writes as
         x + [v + sigma^2 / (2t) * (x + (1-t) * v)] * (s-t)
-    The second term in the bracket is noise_guess, so it points away from likely x. The factor
-    s-t is negative and turns it around, uphill in log p.
+    The second term in the bracket is a multiple of noise_guess, so it points downhill in log p. The
+    factor s-t is negative and turns it around, uphill.
     """
     x = x.float()
     v = v.float()
@@ -254,16 +258,18 @@ def clipped_loss(ratio, advantages, clip_range):
     In the first update of an epoch the ratio is 1, and its gradient is that of log_prob: a plain
     policy gradient. The root only divides it by D.
 
-    Later updates use images of a policy that has changed since. The true ratio would correct for
-    that. The root makes no such correction. It only measures how far the policy has moved, which is
-    all that clipping uses. Old images say little about a policy that is far from the one that drew
-    them, so clipping keeps the new one near: if an image is good and its ratio is above the range
-    already, or bad and below it, min picks the constant, whose gradient is 0. In the other
-    direction nothing is clipped, so that a wrong move can be undone.
+    Later updates use images of an older policy. Weighted by the true ratio, they would count as if
+    the new policy had sampled them. The root stays so close to 1 that it hardly weights them. It
+    only measures how far the policy has moved, which is all that clipping uses.
 
-    The root is also why clip ranges are so small. D is 65,536 for SD3.5 at 512 pixels, so a ratio
-    of 1.0001 here, the end of the published clip range, is a true ratio of e^6.6, about 700. The
-    toy has a D of 1,152.
+    Images of an older policy say little about a policy that is far from it, so clipping keeps the
+    new one near. If an image is good and its ratio is above the range already, or bad and below it,
+    min picks the constant, whose gradient is 0. In the other direction nothing is clipped, so that
+    a wrong move can be undone.
+
+    The root is also why clip ranges are so small. D is 65,536 for SD3.5 at 512 pixels, so 1.0001
+    here, the end of the published clip range, is a true ratio of 1.0001^65536, about 700. The toy
+    has a D of 1,152.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -317,6 +323,8 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=None):
 
     first_seeds [B] are for the first noise of each image, fresh_seeds [B] for that of its SDE
     steps. The steps outside of the window follow the ODE: an empty window samples with the ODE.
+
+    If config.batch_size is smaller than B, the images take turns in passes of this size.
 
     Training uses T = 10, which the paper calls denoising reduction. These images are worse than
     with 40 steps, but advantages only compare them with each other, and for that they are good
@@ -382,18 +390,22 @@ def update(policy, config, drawn, advantages):
             policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
             check_ratio(ratio, config.clip_range, is_first=number == 0)
             loss = policy_loss + config.beta * kl
-            (loss.sum() / count).backward()  # all of these gradients add up to that of the mean
+            # Summed over all batches and processes, this is the gradient of the mean.
+            (loss.sum() / count).backward()
             kls.append(kl.detach())
             ratios.append(ratio.detach())
         norms.append(policy.optimize())
 
+    # Of all updates. In the first all ratios are 1, so with 2 updates at most half can be outside.
     kl = gather(torch.cat(kls))
     moved = gather(torch.cat(ratios)) - 1
+    too_low = moved < -config.clip_range  # outside of the clip range, which matters only if the
+    too_high = moved > config.clip_range  # advantage has the sign that makes min pick the constant
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
         "ratio_deviation": moved.abs().max(),
-        "clip_low": (moved < -config.clip_range).float().mean(),  # the share below the range,
-        "clip_high": (moved > config.clip_range).float().mean(),  # and above it, clipped or not
+        "clip_low": too_low.float().mean(),
+        "clip_high": too_high.float().mean(),
         "grad_norm": np.mean(norms),
     }
 
@@ -424,13 +436,14 @@ def losses(policy, config, drawn, advantages, pairs):
 def check_ratio(ratio, clip_range, is_first):
     """Before the first update, the policy is the one that sampled. So every ratio must be 1.
 
-    It may be off by half of the clip range, or clipping would no longer tell what has changed. But
-    1e-5 is always allowed, as rounding makes that much, and more than 1e-4 never.
+    Rounding may move it a little. We stop if it is off by more than half of the clip range, but
+    1e-5 is always allowed, because rounding alone makes that much, and more than 1e-4 never.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
     off = (ratio - 1).abs().max().item()
-    allowed = min(max(clip_range / 2, 1e-5), 1e-4)
+    allowed = max(clip_range / 2, 1e-5)
+    allowed = min(allowed, 1e-4)
     if is_first and off > allowed:
         sys.exit(f"before the first update a ratio is off by {off:.2g}, but it must be 1: sampling "
                  "and training do not compute the same thing (guidance? dropout?). With bf16, let "
@@ -439,7 +452,11 @@ def check_ratio(ratio, clip_range, is_first):
 
 # ------------------------------------------------------------------------------------- 4. training
 def redness(images, prompts, metadata):
-    """A toy reward: how much more red than green or blue. Yours can be as simple as this."""
+    """A toy reward: how much more red than green or blue. Yours can be as simple as this.
+
+    It gets PIL images, their prompts, and their rows of the dataset, and returns a number for each
+    image. `--reward flow_grpo.py:redness` trains on it.
+    """
     means = [np.asarray(image).mean((0, 1)) / 255 for image in images]
     return [r - max(g, b) for r, g, b in means]
 
@@ -454,7 +471,7 @@ def train_epoch(policy, config, reward, train_set, epoch):
     first_seeds = [rng.getrandbits(60) for _ in range(groups * size)]
     fresh_seeds = [rng.getrandbits(60) for _ in range(groups * size)]
     if config.same_noise:  # each group starts from one first noise, and only its SDE steps differ
-        first_seeds = [seed for seed in first_seeds[:groups] for _ in range(size)]
+        first_seeds = repeat_each(first_seeds[:groups], size)
     window = choose_window(config, rng)
 
     # With several processes each of them takes a part of the groups.
@@ -463,11 +480,10 @@ def train_epoch(policy, config, reward, train_set, epoch):
     drawn = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
                     my_part(fresh_seeds))
 
-    # A row for each image. The scores come back for the images of all processes.
-    image_rows = [row for row in rows for _ in range(size)]
-    scores = rewards.score(reward, drawn.images, image_rows)
+    # Each process scores its own images, and gets the scores of all.
+    scores = rewards.score(reward, drawn.images, repeat_each(rows, size))
 
-    total = torch.tensor(scores["reward"]).view(groups, size)
+    total = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
     advantages = group_advantages(total, config.std_over)
     if not advantages.isfinite().all():
         sys.exit("an advantage is not finite: the scores of the reward are too large")
@@ -475,10 +491,17 @@ def train_epoch(policy, config, reward, train_set, epoch):
 
     metrics = update(policy, config, drawn, own_advantages)
 
+    # The share of groups that teach nothing, because all their images have the same score. When it
+    # is high from the start, try other prompts, larger groups, or a reward with finer differences.
     equal = total.amax(1) == total.amin(1)
-    metrics["no_signal"] = equal.float().mean()  # the share of groups that teach nothing
-    metrics["group_std"] = total.std(1).mean()
+    metrics["no_signal"] = equal.float().mean()
+    metrics["group_std"] = total.std(1, unbiased=False).mean()
     return metrics | {key: values.mean() for key, values in scores.items()}
+
+
+def repeat_each(items, n):
+    """[a, b], 2 -> [a, a, b, b]"""
+    return [item for item in items for _ in range(n)]
 
 
 def evaluate(policy, config, reward, test_set, folder):
@@ -498,24 +521,27 @@ def evaluate(policy, config, reward, test_set, folder):
     averages over its six tasks, not over all images.
     """
     n = config.eval_per_prompt
-    test_set = test_set[:config.eval_prompts or None]
+    if config.eval_prompts > 0:
+        test_set = test_set[:config.eval_prompts]
     numbers = my_part(range(len(test_set)))
-    prompts = [test_set[number]["prompt"] for number in numbers]
+    rows = [test_set[number] for number in numbers]
+    prompts = [row["prompt"] for row in rows]
     seeds = [number * n + copy for number in numbers for copy in range(n)]
     no_sde_steps = range(0)
     with policy.averaged():
         images = rollout(policy, config, prompts, seeds, config.eval_steps, no_sde_steps).images
-    rows = [test_set[number] for number in numbers for _ in range(n)]
-    scores = rewards.score(reward, images, rows)
+    scores = rewards.score(reward, images, repeat_each(rows, n))
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
     first_reward = next(iter(reward))
     if first_reward in rewards.HAVE_A_RIGHT_ANSWER:
         right = scores[f"reward/{first_reward}"] == 1
         metrics["eval_accuracy"] = right.mean()
-        tags = np.repeat([row.get("tag", "") for row in test_set], n)  # the tasks of GenEval
+        tags = [row.get("tag", "") for row in test_set]  # the tasks of GenEval
+        tags = np.array(repeat_each(tags, n))
         for tag in sorted(set(tags) - {""}):
             metrics[f"eval_accuracy/{tag}"] = right[tags == tag].mean()
+    # To look at: the first image of each prompt
     save_images(images[::n], test_set, scores["reward"][::n], folder)
     return metrics
 
@@ -526,9 +552,9 @@ def train(config):
     test_set = rewards.load_prompts(config, "test")
     say(f"loading the reward {config.reward} and the model {config.model}")
     reward = rewards.load(config.reward, "--reward")
-    watched = dict(reward)
+    watched = dict(reward)  # a weight of 0 means measured but not trained on: it can show hacking
     for name, (function, _) in rewards.load(config.eval_reward, "--eval_reward").items():
-        watched.setdefault(name, (function, 0))  # measured but not trained on: it can show hacking
+        watched.setdefault(name, (function, 0))
     rewards.check(watched, train_set + test_set)
     policy = load_policy(config)
     warn_about_prompts(policy, config, train_set + test_set)
@@ -538,7 +564,8 @@ def train(config):
     say(f"{folder}: {config.groups} groups of {config.group_size} images in an epoch, on "
         f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
 
-    if len(history) > config.epochs:  # a finished run was resumed: it is only evaluated once more
+    if len(history) > config.epochs:
+        # A finished run was resumed, say with --eval_prompts 0. We evaluate it, and change no file.
         metrics = evaluate(policy, config, watched, test_set, folder / "samples/again")
         say(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     for epoch in progress(range(len(history), config.epochs + 1), "epochs"):
@@ -549,7 +576,7 @@ def train(config):
             # normalises the size of the gradient, so at a constant learning rate even this small
             # one can move the toy back towards the base model.
             left = 1 - (epoch - 1) / config.epochs if config.lr_decay else 1
-            policy.optimizer.param_groups[0]["lr"] = config.learning_rate * left
+            policy.set_learning_rate(config.learning_rate * left)
             metrics |= train_epoch(policy, config, reward, train_set, epoch)
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             metrics |= evaluate(policy, config, watched, test_set, folder / f"samples/{epoch:04d}")
@@ -570,11 +597,16 @@ def train(config):
 
 
 # ---------------------------------------------------------------------------------- 5. the network
+ALPHA_OVER_RANK = 2  # as in the official code
+
+
 class Policy:
     """An SD3 pipeline (the toy is one) with a LoRA, an optimizer and a moving average of the LoRA
 
-    A subclass says what is different for another family. It is right if a rollout without noise
-    gives the image of the family's own pipeline, see the tests.
+    For another family, write a subclass like SanaPolicy below and enter it in POLICIES: lora_layers
+    names what is trained, encode_batch gives the condition as tensors, forward the velocity, and
+    time_grid the times. It is right if a rollout without noise gives the image of the family's own
+    pipeline. The tests compare the two.
     """
 
     lora_layers = [  # as in the official code: the attention of image tokens and of text tokens
@@ -591,12 +623,12 @@ class Policy:
         if config.gradient_checkpointing:
             pipe.transformer.enable_gradient_checkpointing()
         torch.manual_seed(config.seed)  # for the initial LoRA
-        # A LoRA adds (alpha / rank) * B @ A to the weights of a layer. B starts at 0, so training
-        # starts at the base model. 18.8 million weights are trained for SD3.5-Medium, 179 million
-        # for FLUX.1-dev, 16.5 million for SANA.
+        # A LoRA adds alpha / rank times the product of two thin matrices to the weights of a layer.
+        # One of the two starts at 0, so training starts at the base model. The LoRA has 18.8
+        # million weights for SD3.5-Medium, 179 million for FLUX.1-dev, 16.5 million for SANA.
         self.network = peft.get_peft_model(pipe.transformer, peft.LoraConfig(
             r=config.lora_rank,
-            lora_alpha=2 * config.lora_rank,
+            lora_alpha=ALPHA_OVER_RANK * config.lora_rank,
             init_lora_weights="gaussian",
             target_modules=self.lora_layers,
         ))
@@ -703,6 +735,9 @@ class Policy:
         yield
         vector_to_parameters(own, self.params)
 
+    def set_learning_rate(self, learning_rate):
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+
     def optimize(self):
         """One update with the gradients of all processes -> their norm before clipping"""
         for p in self.params:
@@ -727,8 +762,8 @@ class Policy:
             state = peft.get_peft_model_state_dict(self.network)
             layers = {}
             for name, weights in state.items():
-                # Files without an alpha are read with alpha / rank = 1. Ours is 2.
-                scale = 2 if "lora_B" in name else 1
+                # Programs that find no alpha in a file take alpha / rank to be 1.
+                scale = ALPHA_OVER_RANK if "lora_B" in name else 1
                 layers[name.removeprefix("base_model.model.")] = scale * weights
         return layers
 
@@ -819,6 +854,7 @@ class SanaPolicy(Policy):
         ).sample
 
     def encode_batch(self, prompts):
+        # The instruction is the default of an argument of the stock pipeline.
         call = inspect.signature(self.pipe.__call__)
         instruction = call.parameters["complex_human_instruction"].default
         if prompts == [""]:
@@ -840,7 +876,7 @@ def load_policy(config):
     """The pipeline of --model -> the Policy of its family"""
     source = rewards.TOY if config.model == "toy" else config.model
     network_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    dtype = {"vae": torch.float32, "default": network_dtype}  # a reward would see a bf16 VAE
+    dtype = {"vae": torch.float32, "default": network_dtype}  # bf16 would show in the images
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype)
         policy = POLICIES[type(pipe).__name__](pipe, config)
@@ -891,7 +927,8 @@ class Config:
     gradient_checkpointing: bool = False  # less memory, slower updates
     offload: bool = False  # text encoders and network take turns on the GPU
     name: str = ""  # folder under runs/. If empty, the name of the reward, numbered
-    resume: str = ""  # folder of a run to continue. It runs the reward named in its checkpoint
+    resume: str = ""  # folder of a run to continue, with its options. Careful with a folder that
+    # is not yours: this runs the reward that its checkpoint names
     report_to: str = ""  # also log to tensorboard, wandb, trackio, swanlab or another tracker
     seed: int = 0  # on a CPU, the same seed gives the same run
     epochs: int = 6  # an epoch: sample, score, compare, update. 0 only evaluates
@@ -908,9 +945,9 @@ class Config:
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch. Clipping acts from the second on
     learning_rate: float = 3e-3  # of AdamW
-    lr_decay: bool = True  # linearly to 0 over the run
-    adam_eps: float = 1e-8  # must be far below a single weight's gradient. As the losses are means
-    # over all D dimensions, this gradient is tiny: for SD3.5 it can be 1e-8 itself
+    lr_decay: bool = True  # the rate falls linearly. After the last epoch it would be 0
+    adam_eps: float = 1e-8  # Adam divides by |gradient| + adam_eps. The losses are means over D, so
+    # the gradient of a single weight is tiny: if the kl stays at 0, try 1e-15
     clip_range: float = 1e-3  # how far a ratio may leave 1. Less clips more and learns less
     beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
     std_over: Literal["epoch", "group"] = "epoch"  # whose std divides the advantages
@@ -918,16 +955,17 @@ class Config:
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0 is off
     ema_every: int = 1  # updates between averagings
     batch_size: int = 64  # images in one pass of the network. Changes memory and speed only, but
-    # with bf16 it must divide the images of an update, or rounding changes the ratio
-    eval_prompts: int = 60  # how many prompts of the test file are drawn. 0: all
+    # with bf16 it must divide a process's images of an update, or rounding changes the ratio
+    eval_prompts: int = 60  # an evaluation uses the first so many prompts of the test file. 0: all
     eval_per_prompt: int = 2  # images of each of them
 
 
 # From section 5.1 of the paper. Guidance, learning rate, clip range and EMA are from the code. The
-# beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01. PAPER/CODE: The code trains in
-# fp16. We use bf16, whose range is that of float32, so that no loss has to be scaled. The code
-# calls its moving average every 8 updates, but then once for each of the 2 batches of an update, so
-# its decay of 0.9 acts as 0.9^2 = 0.81.
+# beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.
+# PAPER/CODE: The code trains in fp16. We use bf16, which has the range of float32, so that no loss
+# has to be scaled.
+# PAPER/CODE: The code renews its moving average in every 8th update, once for each of the 2 batches
+# of this update. So its decay of 0.9 acts as 0.9^2 = 0.81.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, window=0,
@@ -949,8 +987,8 @@ PRESETS = {
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux. The paper's appendix has only scores. The moving average is
-    # called 6 times for each update here: 0.9^6 = 0.53.
+    # From the official pickscore_flux. The paper's appendix has only scores. An update has 6 batches
+    # there: 0.9^6 = 0.53.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
         eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.53,
@@ -981,18 +1019,22 @@ def parse_config(argv=None):
         if preset not in PRESETS:
             sys.exit(f"--preset {preset}: choose from {', '.join(PRESETS)}")
         config = parse(PRESETS[preset])
+    rewards.parse(config.eval_reward, "--eval_reward")
     check_config(config)
+    check_machine(config)
     return config
 
 
 def check_config(config):
-    """Stop for what would fail late, or not at all."""
+    """Stop for options that would fail late, or not at all."""
     may_be_0 = ("seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts")
     for name, value in asdict(config).items():
-        if type(value) in (int, float):
-            if not (0 < value < math.inf or value == 0 and name in may_be_0):
-                least = "at least 0" if name in may_be_0 else "above 0"
-                sys.exit(f"--{name} {value}: must be a number {least}")
+        if type(value) not in (int, float) or 0 < value < math.inf:
+            continue
+        if name not in may_be_0:
+            sys.exit(f"--{name} {value}: must be a number above 0")
+        if value != 0:
+            sys.exit(f"--{name} {value}: must be a number, at least 0")
     if config.group_size < 2:
         sys.exit("--group_size 1: must be 2 or more, because the images are compared")
     if config.group_size % config.updates:
@@ -1003,18 +1045,21 @@ def check_config(config):
     if 0 < config.eval_prompts < WORLD.num_processes:
         sys.exit(f"--eval_prompts {config.eval_prompts}: must be at least one for each of the "
                  f"{WORLD.num_processes} processes, or 0 for all prompts")
-    if config.train_steps < 2 or config.window + config.latest_start >= config.train_steps:
+    if config.window + config.latest_start >= config.train_steps or config.train_steps < 2:
         sys.exit(f"--window {config.window} --latest_start {config.latest_start}: their sum must "
                  f"be below --train_steps {config.train_steps}, as the last is never an SDE step")
     if config.sde == "cps" and config.noise_level >= 1:
         sys.exit(f"--noise_level {config.noise_level}: must be below 1 with --sde cps")
     if config.ema_decay >= 1:
         sys.exit(f"--ema_decay {config.ema_decay}: must be below 1, or nothing is ever averaged")
-    rewards.parse(config.eval_reward, "--eval_reward")
-    trackers = ["", *map(str, get_available_trackers())]
-    if config.report_to not in trackers:
+
+
+def check_machine(config):
+    """Stop for what this machine lacks, before anything is loaded."""
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    if config.report_to and config.report_to not in trackers:
         sys.exit(f"--report_to {config.report_to}: it is not installed. "
-                 f"Installed are: {', '.join(trackers[1:]) or 'none'}")
+                 f"Installed are: {', '.join(trackers) or 'none'}")
     wants_gpu = "model" in PRESETS.get(config.preset, {})
     if wants_gpu and WORLD.device.type == "cpu" and not config.cpu:
         sys.exit(f"--preset {config.preset}: torch finds no GPU (is this a CPU build of it, or the "
@@ -1022,18 +1067,17 @@ def check_config(config):
     if config.name and not config.resume and Path("runs", config.name, "checkpoint.pt").exists():
         sys.exit(f"--name {config.name}: this run exists. Continue it with "
                  f"--resume runs/{config.name}, or take another name")
-    try:
-        Path("runs").mkdir(exist_ok=True)
-    except OSError as error:
-        sys.exit(f"the folder runs/ cannot be made here: {error}")
-    if not os.access("runs", os.W_OK):
-        sys.exit("the folder runs/ cannot be written to")
+    runs = "runs" if Path("runs").exists() else "."
+    if not os.access(runs, os.W_OK):
+        sys.exit(f"the folder {Path(runs).resolve()} cannot be written to")
 
 
 # ------------------------------------------------------------------- 7. processes, files, pictures
 def progress(items, title):
-    """A bar on a terminal, nothing in a log file"""
-    return tqdm(items, title, leave=False, disable=None if WORLD.is_main_process else True)
+    """A bar on a terminal. disable=None shows nothing in a log file."""
+    if not WORLD.is_main_process:
+        return items
+    return tqdm(items, title, leave=False, disable=None)
 
 
 def say(line):
@@ -1051,25 +1095,30 @@ def my_part(items):
 
 
 def claim_folder(config):
-    """The folder of this run. No other run gets the same, even if both start at the same time."""
-    folder = None
+    """The folder of this run -> Path, the same in all processes"""
     if config.resume:
-        folder = config.resume
-    elif config.name:
-        folder = f"runs/{config.name}"  # check_config has seen that it has no checkpoint
-    elif WORLD.is_main_process:
-        name = "-".join(re.sub(r"[^\w.]+", "-", reward).strip("-.")
-                        for reward in rewards.parse(config.reward, "--reward"))
-        for number in itertools.count(1):
-            folder = f"runs/{name}" if number == 1 else f"runs/{name}-{number}"
-            try:
-                Path(folder).mkdir()
-                break
-            except FileExistsError:
-                continue
-    folder = Path(gather_object([folder])[0])  # that of the main process
+        return Path(config.resume)
+    folder = Path("runs", config.name)
+    if WORLD.is_main_process and not config.name:
+        folder = new_folder(rewards.parse(config.reward, "--reward"))
+    folder = gather_object([folder])[0]  # that of the main process
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def new_folder(names):
+    """runs/ocr, or the first free one of runs/ocr-2, runs/ocr-3, ... for the rewards of a run
+
+    mkdir fails if the folder is there, so two runs that start at the same time get two folders.
+    """
+    name = "-".join(re.sub(r"[^\w.]+", "-", name).strip("-.") for name in names)
+    for number in itertools.count(1):
+        folder = Path("runs", name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            pass
 
 
 def save(policy, config, folder, history):
@@ -1080,8 +1129,8 @@ def save(policy, config, folder, history):
     if "eval_reward" in history[-1]:
         samples = folder / f"samples/{len(history) - 1:04d}"
         policy.pipe.save_lora_weights(samples, transformer_lora_layers=layers)
-    # The checkpoint comes last, and under another name first. Wherever a run is killed, there is a
-    # whole checkpoint, and every epoch in it has all its other files.
+    # The checkpoint is written last, and under another name first. So wherever the run is killed,
+    # the checkpoint of the last epoch is whole, and all other files of that epoch are there.
     checkpoint = policy.checkpoint() | {"options": asdict(config), "history": history}
     torch.save(checkpoint, folder / "checkpoint.tmp")
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
@@ -1165,14 +1214,18 @@ def evaluations(folder):
 
 def draw_before_after(folder):
     """Each prompt at the first and at the last evaluation -> before_after.png"""
-    first, *_, last = map(read_images, [evaluations(folder)[0], *evaluations(folder)])
-    figure = Figure(figsize=(8.8, 11), dpi=100, layout="constrained")
+    folders = evaluations(folder)
+    first = read_images(folders[0])
+    last = read_images(folders[-1])
+    titles = [textwrap.fill(f"{before[2]:.2f} -> {after[2]:.2f}  {after[1]}", 44)
+              for before, after in zip(first, last)]
+    lines = max(title.count("\n") + 1 for title in titles)
+    figure = Figure(figsize=(8.8, 4 * (1.5 + 0.15 * lines)), dpi=100, layout="constrained")
     plots = figure.subplots(4, 3).flat
-    for plot, (before, prompt, score_before), (after, _, score) in zip(plots, first, last):
+    for plot, (before, _, _), (after, _, _), title in zip(plots, first, last, titles):
         gap = Image.new("RGB", (before.width // 24, before.height), "white")
         plot.imshow(np.hstack([before, gap, after]))
-        title = f"{score_before:.2f} -> {score:.2f}  {prompt}"
-        plot.set_title(textwrap.fill(title, 40), fontsize=8, parse_math=False)
+        plot.set_title(title, fontsize=8, parse_math=False)
     for plot in figure.axes:
         plot.set_axis_off()
     figure.savefig(folder / "before_after.png")
@@ -1196,24 +1249,27 @@ def draw_film(folder, frames=12, size=220):
 
 
 def draw_curve(folder, history):
-    """A panel for each reward, and for the accuracy and the KL -> curve.png"""
-    panels = []  # (title, the key while training, the key of the evaluation)
-    for key in history[-1]:
+    """A panel for each reward, and for the accuracy and the KL penalty -> curve.png"""
+    panels = []  # (title, the metric while training, the metric of the evaluation)
+    for key in history[0]:  # epoch 0 is an evaluation
         if key.startswith("eval_reward/"):
-            panels.append((key.removeprefix("eval_reward/"), key.removeprefix("eval_"), key))
-    panels += [("accuracy", "", "eval_accuracy"), ("KL penalty", "kl", "")]
-    panels = [panel for panel in panels if any(set(panel) & row.keys() for row in history)]
+            name = key.removeprefix("eval_reward/")
+            panels.append((name, f"reward/{name}", key))
+    if "eval_accuracy" in history[0]:
+        panels.append(("share of right images", None, "eval_accuracy"))
+    panels.append(("KL penalty", "kl", None))
     figure = Figure(figsize=(3.2 * len(panels), 3), dpi=100, layout="constrained")
-    plots = figure.subplots(1, len(panels), squeeze=False).flat
+    plots = figure.subplots(1, len(panels))
     for plot, (title, train_key, eval_key) in zip(plots, panels):
-        for key, label in ((train_key, "training images"), (eval_key, "evaluation")):
+        for key, label in ((train_key, "training"), (eval_key, "evaluation")):
             rows = [row for row in history if key in row]
             if rows:
-                epochs = [row["epoch"] for row in rows]
-                plot.plot(epochs, [row[key] for row in rows], ".-", label=label)
+                plot.plot([row["epoch"] for row in rows], [row[key] for row in rows], ".-",
+                          label=label)
         plot.set_title(title)
         plot.set_xlabel("epoch")
-        plot.legend()
+        if plot.get_lines():
+            plot.legend()
     figure.savefig(folder / "curve.png")
 
 

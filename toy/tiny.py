@@ -33,12 +33,26 @@ def text_encoders(width):
 
 
 def pipeline(family):
-    """The toy, or random weights in the classes of SD3.5-Medium, FLUX.1-dev or SANA"""
+    """The toy, or random weights in the classes of SD3.5-Medium, FLUX.1-dev or SANA
+
+    The weights are so large that time, prompt and mask change the image by many grey levels.
+    """
     import diffusers
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
     if family == "toy":
         return diffusers.StableDiffusion3Pipeline.from_pretrained(Path(__file__).parent)
     torch.manual_seed(0)
+    pipe = sana() if family == "sana" else sd3_or_flux(family)
+    for name, part in pipe.components.items():
+        factor = 2 if name == "transformer" else 4 if name.startswith("text_encoder") else 1
+        if factor > 1 and part is not None:
+            for weight in part.parameters():
+                weight.data *= factor if weight.ndim > 1 else 1
+    return pipe
+
+
+def sd3_or_flux(family):
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2, layers_per_block=1, latent_channels=4,
@@ -55,8 +69,6 @@ def pipeline(family):
                 in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
                 num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
                 guidance_embeds=family == "flux", axes_dims_rope=(4, 6, 6)))
-    if family == "sana":
-        return sana()
     clip, tokenizer, t5, t5_tokenizer = text_encoders(64)
     return diffusers.StableDiffusion3Pipeline(
         vae=vae, scheduler=scheduler(shift=3.0),
@@ -65,8 +77,8 @@ def pipeline(family):
         text_encoder_3=t5, tokenizer_3=t5_tokenizer,
         transformer=diffusers.SD3Transformer2DModel(
             sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
-            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=64,
-            caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=16,
+            attention_head_dim=16, num_attention_heads=3, joint_attention_dim=64,
+            caption_projection_dim=48, pooled_projection_dim=64, pos_embed_max_size=16,
             qk_norm="rms_norm", dual_attention_layers=(0,)))
 
 
@@ -93,7 +105,7 @@ def sana():
         transformer=diffusers.SanaTransformer2DModel(
             in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
             num_layers=1, num_cross_attention_heads=2, cross_attention_head_dim=16,
-            cross_attention_dim=32, caption_channels=32, sample_size=16))
+            cross_attention_dim=32, caption_channels=32, sample_size=16, timestep_scale=0.5))
 
 
 def clip(folder):
