@@ -71,7 +71,7 @@ from PIL import Image, ImageDraw
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-import rewards
+import rewards  # the prompts and the rewards. A reward is loaded as {name: (function, weight)}
 
 # `accelerate launch` starts this script once for each GPU, plain `python` starts it once.
 WORLD = PartialState(cpu=not torch.accelerator.is_available())
@@ -98,9 +98,9 @@ for library in (diffusers, transformers):  # they have a lot to say about the to
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9 of the paper
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# Why does x keep the same distribution at every time with equation 9 as with the ODE? Let p be the
-# density of x. The ODE part of the step carries p from time t to time s, and the flow SDE does two
-# more things to it:
+# Why does equation 9 give x the same distribution at every time as the ODE? Let p be the density of
+# x at time t. An SDE step first does what the ODE does, which carries p to time s. Then it does two
+# more things:
 #
 #   - It adds fresh noise of variance std^2. Noise spreads a density like heat, so p changes by
 #     std^2 / 2 * laplacian(p).
@@ -112,28 +112,29 @@ for library in (diffusers, transformers):  # they have a lot to say about the to
 # The two changes cancel at every x, whatever sigma is, as long as the step is small (appendix A has
 # the full proof). The variances show the same: adding fresh noise raises the variance of x by
 # std^2, and taking d * noise_guess away lowers it by 2d * cov(x, noise_guess). This covariance is
-# t. For the true noise that is so because x contains t * noise, and noise_guess, its average given
-# x, has the same covariance with x. With d = std^2 / (2t), both sides are std^2.
+# t. For the true noise: x = (1-t) * data + t * noise, where data and noise are independent, and
+# noise has variance 1. noise_guess is the average of the noise given x, and such an average has
+# the same covariance with x as the noise itself. With d = std^2 / (2t), both sides are std^2.
 #
-# But 10 steps are not small steps, and near t = 1, where sigma grows without limit, no step is. At
-# a = 0.7 the noise in x has a std that is too large by 4 % after the first of 10 steps and 8 %
-# after the second on the time grid of SD3.5, 7 and 12 % on the toy's. With FLUX's 6 steps at
-# a = 0.9 it is 14 and 26 %. `choose_window` tells of a step that is much worse.
+# All this is exact for a perfect v and small steps. But 10 steps are not small, and near t = 1,
+# where sigma grows without limit, no step is. At a = 0.7 the noise in x is too strong by 4 % after
+# the first of 10 steps and by 8 % after the second on the time grid of SD3.5, by 7 and 12 % on the
+# toy's. With FLUX's 6 steps at a = 0.9 it is 14 and 26 %. `choose_window` tells of a worse step.
 #
 # CPS aims at the right amount of noise after steps of any size. With keep^2 + std^2 = s^2, old and
 # fresh noise together have a std of exactly s, if noise_guess is the true noise. But an average
-# varies less than what it averages, so x gets too narrow: around one mode of the data its std is
-# too small by 20 % at a = 0.7 and 24 % at a = 0.8 with 40 steps, and still by 15 and 20 % in the
-# limit of many steps.
+# varies less than what it averages, so x gets too narrow. In many small steps, the std around a
+# mode of the data is too small by 15 % at a = 0.7 and by 19 % at a = 0.8. Few steps add to that.
 #
-# Why is the ODE not too narrow, when it keeps s * noise_guess? Because the average is in x already:
-# x is (1-t) * data_guess + t * noise_guess, and a small step of the ODE hardly changes this sum. A
-# random sampler takes c * noise_guess out of it, where c = s - keep. That lowers the variance of x
-# by 2cs - c^2 * Var(noise_guess), as the covariance is about s.
+# Why is the ODE not too narrow, when it keeps the same guess? A random step is an ODE step plus two
+# changes. It takes c * noise_guess out of x, where c = s - keep. As cov(x, noise_guess) is about s,
+# this lowers the variance of x by 2cs - c^2 * Var(noise_guess). Then it adds fresh noise. The ODE
+# does neither. What do the other two add?
 #
-#   - Equation 9 adds std^2 = 2ct, which is the same in small steps, where t is near s and c^2 tiny.
-#   - CPS adds std^2 = s^2 - (s-c)^2 = 2cs - c^2, as if Var(noise_guess) were 1. It is less, and c
-#     is not tiny in small steps: c = s * (1 - cos(a * pi/2)) has no step size in it.
+#   - Equation 9 adds 2ct. In small steps this is what was removed: t is near s, and c^2 is tiny.
+#   - CPS adds s^2 - keep^2 = 2cs - c^2. That is what was removed only if Var(noise_guess) is 1. It
+#     is less, so too little comes back. Small steps do not help: c = s * (1 - cos(a * pi/2)) does
+#     not shrink with them.
 
 
 class Step(NamedTuple):
@@ -171,8 +172,8 @@ def sde_mean(x, v, step):
 
     For the flow SDE this is the mean in equation 9, which the paper writes as
         x + [v + sigma^2 / (2t) * (x + (1-t) * v)] * (s-t)
-    The second term in the bracket is a multiple of noise_guess, so it points downhill in log p. The
-    factor s-t is negative and turns it around, uphill.
+    The second term in the bracket is a multiple of noise_guess. It points down the gradient of
+    log p, and the factor s-t, which is negative, turns it up.
     """
     x = x.float()
     v = v.float()
@@ -216,12 +217,14 @@ def kl_penalty(mean, mean_ref, kl_std):
     expensive to go there.
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
-    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code averages over the dimensions, and for
-    the flow SDE it divides by sigma^2, not by std^2 = sigma^2 * (t-s). So this is KL * (t-s) / D.
-    The factor (t-s) only weights the steps. It is positive, so the penalty is still lowest where
-    the means are equal. But the scale of beta depends on it: the published 0.04 is for this form.
-    (For the form with std^2 the authors used 0.004.) For CPS the code divides by std^2, which gives
-    KL / D. So the same beta is not equally strong with CPS and with the flow SDE.
+    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions,
+    and for the flow SDE it divides by sigma^2 where std^2 is sigma^2 * (t-s). So this is not the
+    KL, but the KL times (t-s) / D. The factor t-s gives each step another weight. As it is
+    positive, the penalty is still lowest where the means are equal. But the scale of beta depends
+    on it: the published 0.04 is for this form. (With std^2 the authors used 0.004.)
+
+    For CPS the code does divide by std^2, which makes it KL / D. So the same beta is not equally
+    strong with CPS and with the flow SDE.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_std**2)
     return penalty.flatten(1).mean(1)
@@ -238,7 +241,7 @@ def group_advantages(scores, std_over="epoch"):
     of the epoch, so that a group of nearly equal rewards is not blown up. The 1e-4 and the clamp
     are from the code.
     """
-    # float32 numbers add up exactly in float64, so a group of equal scores gets exactly 0.
+    # In float64 the sum of equal float32 numbers is exact, so equal scores get exactly 0.
     scores = scores.float().double()
     dims = (0, 1) if std_over == "epoch" else 1
     std = scores.std(dims, unbiased=False, keepdim=True)
@@ -258,9 +261,9 @@ def clipped_loss(ratio, advantages, clip_range):
     In the first update of an epoch the ratio is 1, and its gradient is that of log_prob: a plain
     policy gradient. The root only divides it by D.
 
-    Later updates use images of an older policy. Weighted by the true ratio, they would count as if
-    the new policy had sampled them. The root stays so close to 1 that it hardly weights them. It
-    only measures how far the policy has moved, which is all that clipping uses.
+    Later updates use images of an older policy. The true ratio would correct for that, by weighting
+    the images (importance sampling). The root is too close to 1 to correct anything. It only
+    measures how far the policy has moved, and this is what clipping needs.
 
     Images of an older policy say little about a policy that is far from it, so clipping keeps the
     new one near. If an image is good and its ratio is above the range already, or bad and below it,
@@ -302,14 +305,13 @@ def choose_window(config, rng):
     at s = 0, so its noise would stay in the image: on SD3.5's time grid that is hardly visible
     (t = 0.009), but with FLUX's 6 steps it is (t = 0.27).
 
-    The step before it is worse. On SD3.5's grid it goes from t = 0.28 to s = 0.009, far too much
-    for a small step: std is 0.225, about 25 times the noise that belongs at s, and keep is -0.08.
-    With this setting of the paper, `window` 0 here, the images of the training stay visibly noisy.
+    The step before it is worse: on SD3.5's grid it goes from t = 0.28 to s = 0.009. Its std is
+    0.225, 25 times the noise that belongs at s, and its keep is -0.08. With this setting of the
+    paper, `window` 0 here, the images of the training stay visibly noisy.
 
-    A few steps at the start avoid that. They are enough, as the authors found later
-    (Flow-GRPO-Fast): the early steps decide what the image shows, so this is where randomness makes
-    the rewards of a group differ. The update gets cheaper, K steps instead of T-1. The rollout
-    still takes T passes.
+    A few early steps avoid that, and they are enough, as the authors found later (Flow-GRPO-Fast):
+    the early steps decide what the image shows, so this is where randomness makes the rewards of a
+    group differ. The update gets cheaper, K steps instead of T-1. The rollout takes T passes still.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -318,7 +320,7 @@ def choose_window(config, rng):
 
 
 @torch.no_grad()
-def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=None):
+def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     """Sample len(first_seeds) / len(prompts) images of each prompt in T steps -> Rollout
 
     first_seeds [B] are for the first noise of each image, fresh_seeds [B] for that of its SDE
@@ -338,7 +340,7 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=None):
 
     # An image has generators of its own, so it does not depend on the others in its pass.
     first_noise = randn_tensor((B, *policy.latent_shape), generators(first_seeds))
-    fresh = generators(fresh_seeds or [])
+    fresh = generators(fresh_seeds)
 
     images = []
     latents = torch.empty(B, K + 1, *policy.latent_shape, device=WORLD.device)
@@ -396,11 +398,12 @@ def update(policy, config, drawn, advantages):
             ratios.append(ratio.detach())
         norms.append(policy.optimize())
 
-    # Of all updates. In the first all ratios are 1, so with 2 updates at most half can be outside.
     kl = gather(torch.cat(kls))
     moved = gather(torch.cat(ratios)) - 1
-    too_low = moved < -config.clip_range  # outside of the clip range, which matters only if the
-    too_high = moved > config.clip_range  # advantage has the sign that makes min pick the constant
+    # The shares of ratios outside of the clip range, whatever their advantage. The first update
+    # counts too, and there all ratios are 1.
+    too_low = moved < -config.clip_range
+    too_high = moved > config.clip_range
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
         "ratio_deviation": moved.abs().max(),
@@ -436,8 +439,7 @@ def losses(policy, config, drawn, advantages, pairs):
 def check_ratio(ratio, clip_range, is_first):
     """Before the first update, the policy is the one that sampled. So every ratio must be 1.
 
-    Rounding may move it a little. We stop if it is off by more than half of the clip range, but
-    1e-5 is always allowed, because rounding alone makes that much, and more than 1e-4 never.
+    Rounding moves it a little. We allow half of the clip range, but at least 1e-5 and at most 1e-4.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -508,10 +510,10 @@ def evaluate(policy, config, reward, test_set, folder):
     """Sample the test prompts with the ODE -> metrics. The images go to the folder.
 
     We train a random sampler and use it without randomness. Why does that work? The SDE and the ODE
-    follow the same v, so what moves the mean of an SDE step moves the ODE the same way. And both
-    visit the same x, because their distributions are equal at each time, so v was trained where the
-    ODE needs it. Both reasons are exact only for small steps and a perfect v. Here we see how well
-    it works.
+    follow the same v, so what moves the mean of an SDE step moves the ODE the same way. And at each
+    time both meet about the same x, so v was trained where the ODE uses it. With a short window, v
+    is trained at a few times only. The LoRA is shared by all times, so the others change as well,
+    but nothing guarantees that this helps. The evaluation shows whether it does.
 
     The weights are a moving average, which is less noisy than any single update. The seeds are the
     same in every evaluation, whatever --seed is, so that all runs can be compared.
@@ -565,7 +567,7 @@ def train(config):
         f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
 
     if len(history) > config.epochs:
-        # A finished run was resumed, say with --eval_prompts 0. We evaluate it, and change no file.
+        # A finished run was resumed, say with --eval_prompts 0: it is only evaluated once more.
         metrics = evaluate(policy, config, watched, test_set, folder / "samples/again")
         say(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     for epoch in progress(range(len(history), config.epochs + 1), "epochs"):
@@ -732,8 +734,10 @@ class Policy:
         """A context in which the weights are their moving average"""
         own = parameters_to_vector(self.params)
         vector_to_parameters(self.average, self.params)
-        yield
-        vector_to_parameters(own, self.params)
+        try:
+            yield
+        finally:
+            vector_to_parameters(own, self.params)
 
     def set_learning_rate(self, learning_rate):
         self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -876,7 +880,7 @@ def load_policy(config):
     """The pipeline of --model -> the Policy of its family"""
     source = rewards.TOY if config.model == "toy" else config.model
     network_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    dtype = {"vae": torch.float32, "default": network_dtype}  # bf16 would show in the images
+    dtype = {"vae": torch.float32, "default": network_dtype}  # a bf16 VAE would show
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype)
         policy = POLICIES[type(pipe).__name__](pipe, config)
@@ -889,7 +893,7 @@ def load_policy(config):
         sys.exit(f"--model {config.model} cannot be used: {type(error).__name__}: {reason}. It "
                  f"must be the folder or hub name of a {', '.join(POLICIES)}. From the hub, a "
                  "gated model needs its licence accepted there and `hf auth login`")
-    unit = 2 * pipe.vae_scale_factor  # a token of the network, in pixels
+    unit = 2 * pipe.vae_scale_factor  # the networks work on 2 x 2 latents
     largest = unit * policy.network.config.get("pos_embed_max_size", 1000)
     if config.resolution % unit or config.resolution > largest:
         sys.exit(f"--resolution {config.resolution} must be a multiple of {unit}, up to {largest}")
@@ -987,8 +991,8 @@ PRESETS = {
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux. The paper's appendix has only scores. An update has 6 batches
-    # there: 0.9^6 = 0.53.
+    # From the official pickscore_flux, as the paper's appendix has only scores. An update has 6
+    # batches there: 0.9^6 = 0.53.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
         eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.53,
@@ -1029,12 +1033,11 @@ def check_config(config):
     """Stop for options that would fail late, or not at all."""
     may_be_0 = ("seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts")
     for name, value in asdict(config).items():
-        if type(value) not in (int, float) or 0 < value < math.inf:
-            continue
-        if name not in may_be_0:
-            sys.exit(f"--{name} {value}: must be a number above 0")
-        if value != 0:
-            sys.exit(f"--{name} {value}: must be a number, at least 0")
+        if type(value) in (int, float) and not 0 < value < math.inf:  # nan is not, either
+            if name not in may_be_0:
+                sys.exit(f"--{name} {value}: must be a number above 0")
+            if value != 0:
+                sys.exit(f"--{name} {value}: must be a number, at least 0")
     if config.group_size < 2:
         sys.exit("--group_size 1: must be 2 or more, because the images are compared")
     if config.group_size % config.updates:
@@ -1129,8 +1132,8 @@ def save(policy, config, folder, history):
     if "eval_reward" in history[-1]:
         samples = folder / f"samples/{len(history) - 1:04d}"
         policy.pipe.save_lora_weights(samples, transformer_lora_layers=layers)
-    # The checkpoint is written last, and under another name first. So wherever the run is killed,
-    # the checkpoint of the last epoch is whole, and all other files of that epoch are there.
+    # The checkpoint is written last, and under another name first. So wherever a run is killed, its
+    # last checkpoint is whole, and only the epoch in progress is lost.
     checkpoint = policy.checkpoint() | {"options": asdict(config), "history": history}
     torch.save(checkpoint, folder / "checkpoint.tmp")
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
@@ -1219,28 +1222,30 @@ def draw_before_after(folder):
     last = read_images(folders[-1])
     titles = [textwrap.fill(f"{before[2]:.2f} -> {after[2]:.2f}  {after[1]}", 44)
               for before, after in zip(first, last)]
-    lines = max(title.count("\n") + 1 for title in titles)
-    figure = Figure(figsize=(8.8, 4 * (1.5 + 0.15 * lines)), dpi=100, layout="constrained")
-    plots = figure.subplots(4, 3).flat
-    for plot, (before, _, _), (after, _, _), title in zip(plots, first, last, titles):
+    title_lines = max(title.count("\n") + 1 for title in titles)
+    rows = math.ceil(len(titles) / 3)
+    figure = Figure(figsize=(8.8, rows * (1.5 + 0.15 * title_lines)), dpi=100, layout="constrained")
+    for number, ((before, _, _), (after, _, _), title) in enumerate(zip(first, last, titles), 1):
+        plot = figure.add_subplot(rows, 3, number)
+        plot.set_axis_off()
         gap = Image.new("RGB", (before.width // 24, before.height), "white")
         plot.imshow(np.hstack([before, gap, after]))
         plot.set_title(title, fontsize=8, parse_math=False)
-    for plot in figure.axes:
-        plot.set_axis_off()
     figure.savefig(folder / "before_after.png")
 
 
-def draw_film(folder, frames=12, size=220):
+def draw_film(folder, frames=12, size=160):
     """The same images at up to 12 evaluations -> film.gif"""
     folders = evaluations(folder)
     places = np.linspace(0, len(folders) - 1, min(frames, len(folders))).round().astype(int)
     sheets = []
     for place in places:
-        sheet = Image.new("RGB", (4 * size, 3 * size + 24), "white")
+        shown = read_images(folders[place])
+        rows = math.ceil(len(shown) / 4)
+        sheet = Image.new("RGB", (4 * size, rows * size + 24), "white")
         ImageDraw.Draw(sheet).text((6, 2), f"epoch {int(folders[place].name)}", "black",
                                    font_size=18)
-        for number, (image, _, _) in enumerate(read_images(folders[place])):
+        for number, (image, _, _) in enumerate(shown):
             corner = (number % 4 * size, number // 4 * size + 24)
             sheet.paste(image.resize((size - 4, size - 4)), corner)
         sheets.append(sheet)

@@ -404,7 +404,7 @@ def load_prompts(config, split):
 
 
 def read_row(line, where):
-    """A line of JSON -> a dict, without the keys whose value is null: tables write many of these."""
+    """A line of JSON -> a dict, without the keys whose value is null: tables write many of them."""
     def without_nulls(pairs):
         return {key: value for key, value in pairs if value is not None}
     try:

@@ -263,14 +263,15 @@ def test_before_the_first_update_the_ratio_is_1_and_for_the_base_the_kl_is_0(gui
 
 def test_a_wrong_ratio_stops_the_run_whichever_image_has_it():
     """The last micro-batch of the first update holds the image that is off."""
-    policy = load_policy(small(batch_size=3))
+    policy = load_policy(small(batch_size=3, guidance=1.0))
+    drawn, before = draw(policy), weights(policy)
+    right = drawn.log_prob.clone()
     for image, off, problem in [(5, 0.1, "off by 0.095"), (0, -0.1, "must be 1"),
                                 (5, torch.nan, "not finite"), (7, torch.nan, "not finite")]:
-        drawn, before = draw(policy), weights(policy)
+        drawn.log_prob = right.clone()
         drawn.log_prob[image, 1] += off
         assert problem in exits(learn, policy, drawn)
-        assert torch.equal(weights(policy), before) or image == 7  # only in the second update
-        policy = load_policy(small(batch_size=3))
+        assert torch.equal(weights(policy), before) or image == 7  # it is in the second update
 
 
 @pytest.mark.parametrize("off, clip_range, right", [
@@ -1096,6 +1097,10 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path.copy())
     sys.modules.pop("custom", None)
     Path("custom.py").write_text(CUSTOM)
+    for name in ("draw_film", "draw_curve"):  # these have a test of their own, and take their time
+        monkeypatch.setattr(flow_grpo, name, lambda folder, *_, name=name: (
+            folder / name.replace("draw_film", "film.gif").replace("draw_curve", "curve.png")
+        ).touch())
     return tmp_path
 
 
@@ -1465,7 +1470,7 @@ def whole_run(tmp_path_factory):
 @pytest.mark.parametrize("n, owner, name, rows", [
     (2, torch, "save", 2),  # the checkpoint of the first epoch
     (3, flow_grpo.Policy, "optimize", 2),
-    (3, flow_grpo.Figure, "savefig", 3),  # the last pictures
+    (2, flow_grpo.Figure, "savefig", 3),  # the last pictures
     (2, os, "replace", 2)])
 def test_a_run_killed_anywhere_resumes_as_if_it_had_not_been(
         desk, whole_run, n, owner, name, rows):
@@ -1490,7 +1495,7 @@ def test_a_run_killed_anywhere_resumes_as_if_it_had_not_been(
     assert rows == len(metrics("runs/killed"))
     run("--resume", "runs/killed")
     assert metrics("runs/killed") == metrics(whole_run)
-    for file in ("pytorch_lora_weights.safetensors", "before_after.png", "film.gif"):
+    for file in ("pytorch_lora_weights.safetensors", "before_after.png"):
         assert Path("runs/killed", file).read_bytes() == Path(whole_run, file).read_bytes()
     own, other = (torch.load(f"{folder}/checkpoint.pt") for folder in ("runs/killed", whole_run))
     for key in ("weights", "average", "updates"):

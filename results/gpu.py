@@ -1,0 +1,138 @@
+"""What the presets for real models cost on a GPU: seconds and memory, with random weights
+
+  python results/gpu.py FILE sd3.5-medium sd3.5-medium-fast flux.1-dev
+  python results/gpu.py FILE sd3.5-medium:4                    # with a --batch_size of 4
+
+The networks, text encoders and VAEs have the real sizes, so time and memory are the real ones. Only
+the images mean nothing. For each preset, one batch goes through sampling, decoding and an update.
+An epoch is extrapolated from that. FILE gets a line of JSON for each preset.
+"""
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import T5Config, T5EncoderModel
+
+TOP = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TOP))
+import flow_grpo  # noqa: E402
+from toy import tiny  # noqa: E402
+
+REAL = json.loads((TOP / "toy/golden.json").read_text())["networks"]
+GPU = torch.device("cuda")
+
+
+def on_gpu(make):
+    """A model with random weights, made on the GPU in bf16"""
+    torch.set_default_dtype(torch.bfloat16)
+    with GPU:
+        model = make()
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def clip_config(width, layers, heads, projection):
+    return CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+                          num_attention_heads=heads, projection_dim=projection)
+
+
+def pipeline(preset):
+    """The pipeline of a preset, as large as the real one"""
+    real = REAL[preset.removesuffix("-fast")]
+    _, tokenizer, _, t5_tokenizer = tiny.text_encoders(32)
+    clip_l = clip_config(768, 12, 12, 768)
+    t5 = on_gpu(lambda: T5EncoderModel(T5Config(
+        d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128,
+        feed_forward_proj="gated-gelu")))
+    network = on_gpu(lambda: getattr(diffusers, real["class"])(**real["config"]))
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=16,
+        scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler
+    if preset == "flux.1-dev":
+        return diffusers.FluxPipeline(
+            vae=vae, transformer=network, tokenizer=tokenizer, tokenizer_2=t5_tokenizer,
+            scheduler=scheduler(shift=3.0, use_dynamic_shifting=True),
+            text_encoder=on_gpu(lambda: CLIPTextModel(clip_l)), text_encoder_2=t5)
+    return diffusers.StableDiffusion3Pipeline(
+        vae=vae, transformer=network, scheduler=scheduler(shift=3.0), tokenizer=tokenizer,
+        tokenizer_2=tokenizer, tokenizer_3=t5_tokenizer, text_encoder_3=t5,
+        text_encoder=on_gpu(lambda: CLIPTextModelWithProjection(clip_l)),
+        text_encoder_2=on_gpu(lambda: CLIPTextModelWithProjection(clip_config(1280, 32, 20, 1280))))
+
+
+def timed(function, *args):
+    """function(*args) -> what it returns, its seconds, and the most memory it needed in GB"""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.time()
+    result = function(*args)
+    torch.cuda.synchronize()
+    return result, time.time() - start, torch.cuda.max_memory_allocated() / 1e9
+
+
+def toggle(policy):
+    with policy.reference():
+        pass
+
+
+def measure(preset, batch_size=None):
+    config = flow_grpo.Config(**flow_grpo.PRESETS[preset])
+    size = int(batch_size or config.batch_size)
+    # One batch of images, all of which go into one update, at as many SDE steps as in the preset
+    config = replace(config, groups=1, group_size=size, updates=1, batch_size=size)
+    policy_class = flow_grpo.FluxPolicy if preset == "flux.1-dev" else flow_grpo.Policy
+    policy = policy_class(pipeline(preset), config)
+    prompts = ["a shop with a large sign over its door that says \"FLOW\""]
+    window = flow_grpo.choose_window(config, flow_grpo.random.Random(0))
+    seeds = list(range(size))
+    row = {"preset": preset, "card": torch.cuda.get_device_name(), "batch_size": size,
+           "torch": torch.__version__}
+
+    flow_grpo.rollout(policy, config, prompts, seeds, 2, range(1), seeds)  # a warm-up
+    _, row["encode_seconds"], row["encode_gb"] = timed(policy.encode, prompts)
+    drawn, seconds, row["sample_gb"] = timed(
+        flow_grpo.rollout, policy, config, prompts, seeds, config.train_steps, window, seeds)
+    with torch.no_grad():
+        _, row["decode_seconds"], _ = timed(policy.decode, drawn.latents[:, -1])
+    row["sample_seconds"] = seconds - row["decode_seconds"] - row["encode_seconds"]
+    advantages = torch.linspace(-1, 1, size)
+    metrics, row["update_seconds"], row["update_gb"] = timed(
+        flow_grpo.update, policy, config, drawn, advantages)
+    row["ratio_off_by"] = float(metrics["ratio_deviation"])  # of the first update: must be 0
+    _, row["toggle_seconds"], _ = timed(toggle, policy)
+    counter = FlopCounterMode(display=False)
+    condition = [c[:1].expand(size, *c.shape[1:]) for c in drawn.condition]
+    with torch.no_grad(), counter:
+        policy.velocity(drawn.latents[:, 0], drawn.times[:1], condition)
+    flops = counter.get_total_flops() * config.train_steps
+    row["sample_tflops_a_second"] = flops / row["sample_seconds"] / 1e12
+    full = flow_grpo.Config(**flow_grpo.PRESETS[preset])
+    images = full.groups * full.group_size
+    row["epoch_minutes"] = images / size / 60 * (
+        row["sample_seconds"] + row["decode_seconds"] + row["update_seconds"])
+    row["images_an_epoch"] = images
+    row["sde_steps"] = len(window)
+    return row
+
+
+def main(file, *presets):
+    for preset in presets:
+        row = measure(*preset.split(":"))
+        line = json.dumps({key: float(f"{value:.3g}") if isinstance(value, float) else value
+                           for key, value in row.items()})
+        print(line, flush=True)
+        with open(file, "a") as rows:
+            rows.write(line + "\n")
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
