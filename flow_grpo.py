@@ -75,6 +75,8 @@ import rewards  # the prompts and the rewards. A reward is loaded as {name: (fun
 
 # `accelerate launch` starts this script once for each GPU, plain `python` starts it once.
 WORLD = PartialState(cpu=not torch.accelerator.is_available())
+# With torch 2.11 on an H200, cuDNN's attention gave FLUX gradients that were not finite.
+torch.backends.cuda.enable_cudnn_sdp(False)
 for library in (diffusers, transformers):  # they have a lot to say about the toy
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
