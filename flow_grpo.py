@@ -12,7 +12,7 @@ and takes the randomness away again at the end:
   rollout           Samples a group of images for each prompt, in 10 steps instead of 40.
   group_advantages  Compares the reward of each image with the rewards of its own group.
   update            Makes the steps behind the better images more likely and the others less, with
-                    PPO's clipping. A KL penalty keeps the model close to where it started.
+                    PPO's clipping. A KL penalty can keep the model close to where it started.
   evaluate          Samples with the ODE again, in 40 steps. These images are the result.
 
 Notation
@@ -113,30 +113,35 @@ for library in (diffusers, transformers):  # they have a lot to say about the to
 #
 # The two changes cancel at every x, whatever sigma is, as long as the step is small (appendix A has
 # the full proof). The variances show the same: adding fresh noise raises the variance of x by
-# std^2, and taking d * noise_guess away lowers it by 2d * cov(x, noise_guess). This covariance is
-# t. For the true noise: x = (1-t) * data + t * noise, where data and noise are independent, and
-# noise has variance 1. noise_guess is the average of the noise given x, and such an average has
-# the same covariance with x as the noise itself. With d = std^2 / (2t), both sides are std^2.
+# std^2, and taking d * noise_guess away lowers it by 2d * cov(x, noise_guess), if d is small. This
+# covariance is t. For the true noise: x = (1-t) * data + t * noise, where data and noise are
+# independent, and noise has variance 1. noise_guess is the average of the noise given x, and such
+# an average has the same covariance with x as the noise itself. With d = std^2 / (2t), as much is
+# taken away as is added.
 #
 # All this is exact for a perfect v and small steps. But 10 steps are not small, and near t = 1,
-# where sigma grows without limit, no step is. At a = 0.7 the noise in x is too strong by 4 % after
-# the first of 10 steps and by 8 % after the second on the time grid of SD3.5, by 7 and 12 % on the
-# toy's. With FLUX's 6 steps at a = 0.9 it is 14 and 26 %. `choose_window` tells of a worse step.
+# where sigma grows without limit, even a short step adds much noise. At a = 0.7 on the time grid of
+# SD3.5, the noise in x is too strong by 4 % after the first of 10 steps and by 8 % after the
+# second. On the toy's grid it is 7 and 12 %, with FLUX's 6 steps at a = 0.9 it is 14 and 26 %. A
+# later step is much worse, see `choose_window`.
 #
 # CPS aims at the right amount of noise after steps of any size. With keep^2 + std^2 = s^2, old and
 # fresh noise together have a std of exactly s, if noise_guess is the true noise. But an average
-# varies less than what it averages, so x gets too narrow. In many small steps, the std around a
-# mode of the data is too small by 15 % at a = 0.7 and by 19 % at a = 0.8. Few steps add to that.
+# varies less than what it averages, so x gets too narrow. Even in many small steps, a Gaussian mode
+# of the data ends with cos(a * pi/4) times its std: 15 % too small at a = 0.7, 19 % at a = 0.8.
 #
-# Why is the ODE not too narrow, when it keeps the same guess? A random step is an ODE step plus two
-# changes. It takes c * noise_guess out of x, where c = s - keep. As cov(x, noise_guess) is about s,
-# this lowers the variance of x by 2cs - c^2 * Var(noise_guess). Then it adds fresh noise. The ODE
-# does neither. What do the other two add?
+# Why is the ODE not too narrow, when its two guesses vary too little as well? They are made from
+# the same x, so they vary together, and that makes up for it: before the step,
+# (1-t) * data_guess + t * noise_guess is x itself, and a small step hardly changes the balance.
 #
-#   - Equation 9 adds 2ct. In small steps this is what was removed: t is near s, and c^2 is tiny.
-#   - CPS adds s^2 - keep^2 = 2cs - c^2. That is what was removed only if Var(noise_guess) is 1. It
-#     is less, so too little comes back. Small steps do not help: c = s * (1 - cos(a * pi/2)) does
-#     not shrink with them.
+# A random step disturbs the balance. From the x of the ODE step it takes c * noise_guess away,
+# where c = s - keep. As cov(x, noise_guess) is about s, this lowers the variance of x by
+# 2cs - c^2 * Var(noise_guess). Then it adds fresh noise, and this should be as much:
+#
+#   - Equation 9 adds 2ct. In small steps this is as much, because t is near s, and c^2 is tiny.
+#   - CPS adds s^2 - keep^2 = 2cs - c^2. This is as much only if Var(noise_guess) is 1. It is less,
+#     so too little comes back. Small steps do not help: c = s * (1 - cos(a * pi/2)) does not
+#     depend on the size of the step.
 
 
 class Step(NamedTuple):
@@ -151,8 +156,8 @@ class Step(NamedTuple):
 def make_step(times, i, noise_level, sde="flow"):
     """Step number i of the time grid [T+1] -> Step. i can be a tensor [B], a number per image.
 
-    sigma is large near t = 1, where nothing about the image is decided and there is a lot to
-    explore. It falls to 0 at t = 0, where fresh noise would simply stay visible in the image.
+    The sigma of the flow SDE is large near t = 1, where nothing about the image is decided and
+    there is a lot to explore. It falls to 0 at t = 0, where fresh noise would stay visible.
     """
     t = times[i].view(-1, 1, 1, 1)
     s = times[i + 1].view(-1, 1, 1, 1)
@@ -174,11 +179,9 @@ def sde_mean(x, v, step):
 
     For the flow SDE this is the mean in equation 9, which the paper writes as
         x + [v + sigma^2 / (2t) * (x + (1-t) * v)] * (s-t)
-    The second term in the bracket is a multiple of noise_guess. It points down the gradient of
-    log p, and the factor s-t, which is negative, turns it up.
+    The second term in the bracket is a multiple of noise_guess, so it points towards lower p. The
+    factor s-t is negative, so the step goes towards higher p.
     """
-    x = x.float()
-    v = v.float()
     data_guess = x - step.t * v
     noise_guess = x + (1 - step.t) * v
     return (1 - step.s) * data_guess + step.keep * noise_guess
@@ -188,7 +191,8 @@ def sde_step(x, v, step, fresh_noise=None, x_next=None):
     """One step of the policy -> x_next [B, C, H, W], its log_prob [B], and the mean [B, C, H, W].
 
     The rollout passes fresh_noise and gets a new x_next. The update passes the x_next that was
-    sampled and wants its log_prob, so that old and new log_prob are computed by the same lines.
+    sampled and gets its log_prob under the new policy. One function does both, so that old and new
+    log_prob are computed by the same lines.
 
     What does the gradient of log_prob do? x_next is the mean plus the fresh noise that this image
     happened to get. Raising log_prob moves the mean towards the x_next that was drawn, lowering it
@@ -220,10 +224,10 @@ def kl_penalty(mean, mean_ref, kl_std):
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions,
-    and for the flow SDE it divides by sigma^2 where std^2 is sigma^2 * (t-s). So this is not the
-    KL, but the KL times (t-s) / D. The factor t-s gives each step another weight. As it is
-    positive, the penalty is still lowest where the means are equal. But the scale of beta depends
-    on it: the published 0.04 is for this form. (With std^2 the authors used 0.004.)
+    and for the flow SDE it divides by sigma^2 instead of std^2 = sigma^2 * (t-s). So this is the KL
+    times (t-s) / D. The factor t-s only weights the steps differently. As it is positive, the
+    penalty is still lowest where the means are equal. But the scale of beta depends on it: the
+    published 0.04 is for this form. (With std^2 the authors used 0.004.)
 
     For CPS the code does divide by std^2, which makes it KL / D. So the same beta is not equally
     strong with CPS and with the flow SDE.
@@ -308,8 +312,8 @@ def choose_window(config, rng):
     (t = 0.009), but with FLUX's 6 steps it is (t = 0.27).
 
     The step before it is worse: on SD3.5's grid it goes from t = 0.28 to s = 0.009. Its std is
-    0.225, 25 times the noise that belongs at s, and its keep is -0.08. With this setting of the
-    paper, `window` 0 here, the images of the training stay visibly noisy.
+    0.225, 25 times the noise that belongs at s, and its keep is -0.08. So with all steps but the
+    last (`window` 0), the images of the training stay visibly noisy.
 
     A few early steps avoid that, and they are enough, as the authors found later (Flow-GRPO-Fast):
     the early steps decide what the image shows, so this is where randomness makes the rewards of a
@@ -332,7 +336,7 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
 
     Training uses T = 10, which the paper calls denoising reduction. These images are worse than
     with 40 steps, but advantages only compare them with each other, and for that they are good
-    enough. What is learned holds for 40 steps too, because both follow the same v.
+    enough. What is learned should carry over to 40 steps, which follow the same v (see `evaluate`).
     """
     B = len(first_seeds)
     K = len(window)
@@ -402,8 +406,8 @@ def update(policy, config, drawn, advantages):
 
     kl = gather(torch.cat(kls))
     moved = gather(torch.cat(ratios)) - 1
-    # The shares of ratios outside of the clip range, whatever their advantage. The first update
-    # counts too, and there all ratios are 1.
+    # The shares of ratios outside of the clip range, whatever their advantage. In the first update
+    # all ratios are 1, so with 2 updates these shares are at most 1/2.
     too_low = moved < -config.clip_range
     too_high = moved > config.clip_range
     return {
@@ -431,6 +435,7 @@ def losses(policy, config, drawn, advantages, pairs):
     ratio = torch.exp(log_prob - old_log_prob)
     policy_loss = clipped_loss(ratio, advantage, config.clip_range)
 
+    # With a beta of 0 the KL is still measured, to see how far the policy has moved.
     with torch.no_grad(), policy.reference():
         v_ref = policy.velocity(x, step.t, condition)
     mean_ref = sde_mean(x, v_ref, step)
@@ -579,7 +584,9 @@ def train(config):
             # Once most groups have equal rewards, only the KL penalty has a gradient. Adam
             # normalises the size of the gradient, so at a constant learning rate even this small
             # one can move the toy back towards the base model.
-            left = 1 - (epoch - 1) / config.epochs if config.lr_decay else 1
+            left = 1
+            if config.lr_decay:
+                left = 1 - (epoch - 1) / config.epochs
             policy.set_learning_rate(config.learning_rate * left)
             metrics |= train_epoch(policy, config, reward, train_set, epoch)
         if epoch % config.eval_every == 0 or epoch == config.epochs:
@@ -905,7 +912,8 @@ def load_policy(config):
 def warn_about_prompts(policy, config, rows):
     """Prompts of which the model does not see everything: too long, or with unknown words"""
     parts = policy.pipe.components.items()
-    tokenizer = [part for name, part in parts if "tokenizer" in name and part][-1]
+    tokenizers = [part for name, part in parts if "tokenizer" in name and part]
+    tokenizer = tokenizers[-1]  # that of T5 or Gemma. CLIP, which comes before, sees less
     prompts = [row["prompt"] for row in rows]
     tokens = tokenizer(prompts).input_ids
     long = [p for p, ids in zip(prompts, tokens) if len(ids) > config.max_sequence_length]
@@ -962,7 +970,7 @@ class Config:
     ema_every: int = 1  # updates between averagings
     batch_size: int = 64  # images in one pass of the network. Changes memory and speed only, but
     # with bf16 it must divide a process's images of an update, or rounding changes the ratio
-    eval_prompts: int = 60  # an evaluation uses the first so many prompts of the test file. 0: all
+    eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
     eval_per_prompt: int = 2  # images of each of them
 
 
@@ -1035,11 +1043,12 @@ def check_config(config):
     """Stop for options that would fail late, or not at all."""
     may_be_0 = ("seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts")
     for name, value in asdict(config).items():
-        if type(value) in (int, float) and not 0 < value < math.inf:  # nan is not, either
-            if name not in may_be_0:
-                sys.exit(f"--{name} {value}: must be a number above 0")
-            if value != 0:
-                sys.exit(f"--{name} {value}: must be a number, at least 0")
+        if type(value) not in (int, float):
+            continue
+        if name in may_be_0 and not 0 <= value < math.inf:  # nan is not, either
+            sys.exit(f"--{name} {value}: must be a number, at least 0")
+        if name not in may_be_0 and not 0 < value < math.inf:
+            sys.exit(f"--{name} {value}: must be a number above 0")
     if config.group_size < 2:
         sys.exit("--group_size 1: must be 2 or more, because the images are compared")
     if config.group_size % config.updates:
@@ -1096,7 +1105,9 @@ def my_part(items):
     """The part of this process of a list or tensor. Together, the parts are the whole, in order."""
     n = WORLD.num_processes
     rank = WORLD.process_index
-    return items[len(items) * rank // n:len(items) * (rank + 1) // n]
+    start = len(items) * rank // n
+    end = len(items) * (rank + 1) // n
+    return items[start:end]
 
 
 def claim_folder(config):
@@ -1167,7 +1178,9 @@ def report(config, folder, history, trackers):
     row = history[-1]
     epoch = len(history) - 1
     names = [key for key in row if key.startswith("eval_reward/")]
-    shown = ["reward", "eval_reward"] + (names if len(names) > 1 else [])
+    shown = ["reward", "eval_reward"]
+    if len(names) > 1:
+        shown += names
     shown += ["eval_accuracy", "no_signal", "kl", "clip_low", "clip_high", "grad_norm", "seconds"]
     numbers = [f"{key} {row[key]:.4g}" for key in shown if key in row]
     say(f"epoch {epoch}/{config.epochs}: {', '.join(numbers)}")

@@ -121,9 +121,9 @@ def marginals():
                 if x is path[T]:
                     label = f"{label}: width {width(x):.2f}"
                 axes.plot((edges[1:] + edges[:-1]) / 2, counts, color=color, lw=1.2, label=label)
-        row[1].legend(fontsize=8, frameon=False)
+        row[1].legend(fontsize=8, frameon=False, loc="upper right")
     for axes in plots[1]:
-        axes.set_xlabel("x")
+        axes.set(xlabel="x", xlim=(-3, 4.6))
     save(figure, "marginals")
 
 
@@ -132,7 +132,7 @@ def last_step():
     times = torch.tensor(GRID)
     figure = Figure(figsize=(8.8, 3), dpi=100, layout="constrained")
     axes = figure.subplots()
-    axes.plot(times, times, "o-", color=ODE, label="as it should be, and with the ODE")
+    axes.plot(times[:-1], times[:-1], "o-", color=ODE, label="as it should be, and with the ODE")
     for label, style, window in (("all steps but the last are SDE steps", "s-", range(9)),
                                  ("only the first 3", "^--", range(3))):
         noise = [1.0]  # the std of the noise in x, if noise_guess is the true noise
@@ -141,7 +141,8 @@ def last_step():
             keep, std = (step.keep, step.std) if i in window else (step.s, 0 * step.s)
             noise.append(math.hypot(keep * noise[-1] / times[i], std))
             noise[-1] = float(noise[-1])
-        axes.plot(times, noise, style, color=SDE, label=label)
+        # Not the last step: at t = 0.009 a network expects little noise, and removes little.
+        axes.plot(times[:-1], noise[:-1], style, color=SDE, label=label)
     axes.set(xlabel="time t on SD3.5's grid of 10 steps", ylabel="std of the noise in x",
              xlim=(1.02, -0.02))
     axes.annotate("0.24, where 0.009 belongs", (0.009, 0.24), (0.3, 0.05), fontsize=9,

@@ -133,7 +133,7 @@ def curves(history, keys):
 
 def run(name, options, seed, file, threads):
     """One run, and its row in the file"""
-    folder = f"runs/{name}-seed{seed}".replace("/", "-", 2).replace("runs-", "runs/", 1)
+    folder = "runs/" + f"{name}-seed{seed}".replace("/", "-")
     command = f"flow_grpo.py {options} --seed {seed}"
     start = time.time()
     stopped = (TOP / folder / "checkpoint.pt").exists()
