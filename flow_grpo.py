@@ -899,9 +899,9 @@ def load_policy(config):
         raise
     except Exception as error:  # diffusers raises almost anything for a wrong or damaged folder
         reason = " ".join(str(error).split())[:300]
-        sys.exit(f"--model {config.model} cannot be used: {type(error).__name__}: {reason}. It "
-                 f"must be the folder or hub name of a {', '.join(POLICIES)}. From the hub, a "
-                 "gated model needs its licence accepted there and `hf auth login`")
+        sys.exit(f"--model {config.model} cannot be loaded. It must be the folder or hub name of a "
+                 f"{', '.join(POLICIES)}. From the hub, a gated model needs its licence accepted "
+                 f"there and `hf auth login`. {type(error).__name__}: {reason}")
     unit = 2 * pipe.vae_scale_factor  # the networks work on 2 x 2 latents
     largest = unit * policy.network.config.get("pos_embed_max_size", 1000)
     if config.resolution % unit or config.resolution > largest:

@@ -95,7 +95,7 @@ def test_a_step_is_equation_9_and_without_noise_the_euler_step(noise_level):
     close(sigma.flatten(), noise_level * torch.tensor([1 / 0.1, 0.2 / 0.8]).sqrt())
 
 
-def test_the_mathematics_is_in_float32_whatever_the_network_computes_in():
+def test_the_mathematics_is_in_float32_whatever_its_input_is():
     step = make_step(torch.linspace(1, 0, 11), 3, 0.7)
     x, v = X.bfloat16(), V.bfloat16()
     mean = sde_mean(x, v, step)
@@ -546,7 +546,10 @@ def test_a_gradient_is_clipped_at_1_and_its_norm_before_that_is_noted(monkeypatc
     monkeypatch.setattr(policy.optimizer, "step", lambda: clipped.append(gradient(policy).norm()))
     for norm in (0.5, 7.0):
         assert optimize(policy, norm) == pytest.approx(norm, rel=1e-3)
-    close(torch.stack(clipped), [0.5, 1.0], 1e-3)
+    # The gradients of two processes are added up first.
+    monkeypatch.setattr(flow_grpo, "reduce", lambda grad, how: 2 * grad if how == "sum" else grad)
+    assert optimize(policy, 0.9) == pytest.approx(1.8, rel=1e-3)
+    close(torch.stack(clipped), [0.5, 1.0, 1.0], 1e-3)
 
 
 @pytest.mark.parametrize("options, updates_before, expected", [
@@ -878,6 +881,11 @@ def test_the_toys_detector_finds_shapes_by_form_size_and_inner_colour():
     corner = shape("circle")
     corner.paste("blue", (0, 0, 8, 8))  # the paper is what most of the border is, not a corner
     assert "circle" in [found["class"] for found in world.detect_shapes(corner)]
+    piece = np.pad(np.ones((5, 5), np.uint8), 1)
+    edged = np.zeros((7, 7, 3), np.float32)  # a black edge around something red
+    edged[2:5, 2:5] = world.COLORS["red"]
+    assert world.nearest_color(edged, piece) == "red"
+    assert world.nearest_color(edged, np.pad(piece[1:2], ((1, 5), (0, 0)))) == "black"  # a line
     pale = shape("circle", (190, 190, 190))  # it differs by 55 from the paper
     assert world.detect_shapes(pale) == []
     assert world.detect_shapes(shape("circle", (165, 165, 165))) != []
