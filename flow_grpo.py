@@ -55,6 +55,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of onnxruntime, which diffusers imports
+# Threads that wait must sleep, not spin. On a machine with other work this takes 0.6 of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import diffusers
 import numpy as np
@@ -114,10 +116,10 @@ for library in (diffusers, transformers):  # they have a lot to say about the to
 # The two changes cancel at every x, whatever sigma is, as long as the step is small (appendix A has
 # the full proof). The variances show the same: adding fresh noise raises the variance of x by
 # std^2, and taking d * noise_guess away lowers it by 2d * cov(x, noise_guess), if d is small. This
-# covariance is t. For the true noise: x = (1-t) * data + t * noise, where data and noise are
-# independent, and noise has variance 1. noise_guess is the average of the noise given x, and such
-# an average has the same covariance with x as the noise itself. With d = std^2 / (2t), as much is
-# taken away as is added.
+# covariance is t. It is so for the true noise, because x = (1-t) * data + t * noise, where data and
+# noise are independent, and noise has variance 1. noise_guess is the average of the noise given x,
+# and such an average has the same covariance with x as the noise itself. With d = std^2 / (2t), as
+# much is taken away as is added.
 #
 # All this is exact for a perfect v and small steps. But 10 steps are not small, and near t = 1,
 # where sigma grows without limit, even a short step adds much noise. At a = 0.7 on the time grid of
@@ -132,7 +134,8 @@ for library in (diffusers, transformers):  # they have a lot to say about the to
 #
 # Why is the ODE not too narrow, when its two guesses vary too little as well? They are made from
 # the same x, so they vary together, and that makes up for it: before the step,
-# (1-t) * data_guess + t * noise_guess is x itself, and a small step hardly changes the balance.
+# (1-t) * data_guess + t * noise_guess is x itself. A small step changes this balance only to second
+# order in its size, so in many small steps these changes add up to nothing.
 #
 # A random step disturbs the balance. From the x of the ODE step it takes c * noise_guess away,
 # where c = s - keep. As cov(x, noise_guess) is about s, this lowers the variance of x by
@@ -141,7 +144,8 @@ for library in (diffusers, transformers):  # they have a lot to say about the to
 #   - Equation 9 adds 2ct. In small steps this is as much, because t is near s, and c^2 is tiny.
 #   - CPS adds s^2 - keep^2 = 2cs - c^2. This is as much only if Var(noise_guess) is 1. It is less,
 #     so too little comes back. Small steps do not help: c = s * (1 - cos(a * pi/2)) does not
-#     depend on the size of the step.
+#     depend on the size of the step. The narrower x gets, the less is taken away, so that a mode
+#     of std m settles near s = 0 where 2cs * Var(x) / m^2 = 2cs - c^2, at the cosine above.
 
 
 class Step(NamedTuple):
@@ -581,8 +585,8 @@ def train(config):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Once most groups have equal rewards, only the KL penalty has a gradient. Adam
-            # normalises the size of the gradient, so at a constant learning rate even this small
+            # Once all groups have equal rewards, only the KL penalty has a gradient. Adam
+            # normalizes the size of the gradient, so at a constant learning rate even this small
             # one can move the toy back towards the base model.
             left = 1
             if config.lr_decay:
@@ -636,7 +640,8 @@ class Policy:
         torch.manual_seed(config.seed)  # for the initial LoRA
         # A LoRA adds alpha / rank times the product of two thin matrices to the weights of a layer.
         # One of the two starts at 0, so training starts at the base model. The LoRA has 18.8
-        # million weights for SD3.5-Medium, 179 million for FLUX.1-dev, 16.5 million for SANA.
+        # million weights for SD3.5-Medium and 16.5 million for SANA at rank 32, and 179 million for
+        # FLUX.1-dev at rank 64.
         self.network = peft.get_peft_model(pipe.transformer, peft.LoraConfig(
             r=config.lora_rank,
             lora_alpha=ALPHA_OVER_RANK * config.lora_rank,
@@ -902,7 +907,7 @@ def load_policy(config):
         sys.exit(f"--model {config.model} cannot be loaded. It must be the folder or hub name of a "
                  f"{', '.join(POLICIES)}. From the hub, a gated model needs its licence accepted "
                  f"there and `hf auth login`. {type(error).__name__}: {reason}")
-    unit = 2 * pipe.vae_scale_factor  # the networks work on 2 x 2 latents
+    unit = 2 * pipe.vae_scale_factor  # a token of SD3 and FLUX has 2 x 2 latents
     largest = unit * policy.network.config.get("pos_embed_max_size", 1000)
     if config.resolution % unit or config.resolution > largest:
         sys.exit(f"--resolution {config.resolution} must be a multiple of {unit}, up to {largest}")
@@ -1001,8 +1006,8 @@ PRESETS = {
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux, as the paper's appendix has only scores. An update has 6
-    # batches there: 0.9^6 = 0.53.
+    # From the official pickscore_flux. The paper has FLUX's scores, but not its settings. An update
+    # has 6 batches there: 0.9^6 = 0.53.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
         eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.53,
@@ -1040,12 +1045,12 @@ def parse_config(argv=None):
 
 
 def check_config(config):
-    """Stop for options that would fail late, or not at all."""
+    """Stop for options that would fail late, or silently do the wrong thing."""
     may_be_0 = ("seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts")
     for name, value in asdict(config).items():
         if type(value) not in (int, float):
             continue
-        if name in may_be_0 and not 0 <= value < math.inf:  # nan is not, either
+        if name in may_be_0 and not 0 <= value < math.inf:  # nan fails this, too
             sys.exit(f"--{name} {value}: must be a number, at least 0")
         if name not in may_be_0 and not 0 < value < math.inf:
             sys.exit(f"--{name} {value}: must be a number above 0")
