@@ -129,24 +129,21 @@ for library in (diffusers, transformers):  # they have a lot to say about the to
 #
 # CPS aims at the right amount of noise after steps of any size. With keep^2 + std^2 = s^2, old and
 # fresh noise together have a std of exactly s, if noise_guess is the true noise. But an average
-# varies less than what it averages, so x gets too narrow. Even in many small steps, a Gaussian mode
-# of the data ends with cos(a * pi/4) times its std: 15 % too small at a = 0.7, 19 % at a = 0.8.
+# varies less than what it averages, so x gets too narrow, however many steps there are: a Gaussian
+# mode of the data ends with cos(a * pi/4) times its std. That is 15 % too narrow at a = 0.7 and
+# 19 % at a = 0.8.
 #
-# Why is the ODE not too narrow, when its two guesses vary too little as well? They are made from
-# the same x, so they vary together, and that makes up for it: before the step,
-# (1-t) * data_guess + t * noise_guess is x itself. A small step changes this balance only to second
-# order in its size, so in many small steps these changes add up to nothing.
+# Why is CPS too narrow, but not the ODE, whose guesses vary too little as well? Because only a
+# random step replaces anything. It takes c * noise_guess out of x, where c = s - keep, and puts
+# fresh noise in, as much as if noise_guess were the true noise with its variance of 1. So each step
+# loses a variance of c^2 * (1 - Var(noise_guess)).
 #
-# A random step disturbs the balance. From the x of the ODE step it takes c * noise_guess away,
-# where c = s - keep. As cov(x, noise_guess) is about s, this lowers the variance of x by
-# 2cs - c^2 * Var(noise_guess). Then it adds fresh noise, and this should be as much:
-#
-#   - Equation 9 adds 2ct. In small steps this is as much, because t is near s, and c^2 is tiny.
-#   - CPS adds s^2 - keep^2 = 2cs - c^2. This is as much only if Var(noise_guess) is 1. It is less,
-#     so too little comes back. Small steps do not help: c = s * (1 - cos(a * pi/2)) does not
-#     depend on the size of the step. The narrower x gets, the less is taken away, so that a mode
-#     of std m settles near s = 0 where 2cs * Var(x) / m^2 = 2cs - c^2, at the cosine above.
-
+#   - For the ODE, c is 0: nothing is replaced and nothing is lost.
+#   - For equation 9, c is as small as the step, so c^2 is tiny. Over many small steps, the errors
+#     of this size add up to nothing.
+#   - For CPS, c = s * (1 - cos(a * pi/2)), in a small step as in a large one, so more steps only
+#     mean more losses. They end where x is so narrow that noise_guess takes no more out of it than
+#     the fresh noise brings back.
 
 class Step(NamedTuple):
     """A denoising step from t to s. All are [1, 1, 1, 1], or [B, 1, 1, 1], a number per image."""
@@ -695,14 +692,15 @@ class Policy:
         if self.config.offload:
             self.network.cpu()
         self.encoders.to(WORLD.device)
-        parts = []
+        encoded = []
         for start in range(0, len(prompts), self.config.batch_size):
             batch = prompts[start:start + self.config.batch_size]
-            parts.append([c.cpu() for c in self.encode_batch(batch)])
+            encoded.append([c.cpu() for c in self.encode_batch(batch)])
         if self.config.offload:
             self.encoders.cpu()
             self.network.to(WORLD.device)
-        return [torch.cat(tensors) for tensors in zip(*parts)]
+        embeds, others = zip(*encoded)  # of each batch: the embeddings, and the pooled ones or mask
+        return [torch.cat(embeds), torch.cat(others)]
 
     def encode_batch(self, prompts):
         embeds, _, pooled, _ = self.pipe.encode_prompt(
@@ -905,7 +903,7 @@ def load_policy(config):
     except Exception as error:  # diffusers raises almost anything for a wrong or damaged folder
         reason = " ".join(str(error).split())[:300]
         sys.exit(f"--model {config.model} cannot be loaded. It must be the folder or hub name of a "
-                 f"{', '.join(POLICIES)}. From the hub, a gated model needs its licence accepted "
+                 f"{', '.join(POLICIES)}. From the hub, a gated model needs its license accepted "
                  f"there and `hf auth login`. {type(error).__name__}: {reason}")
     unit = 2 * pipe.vae_scale_factor  # a token of SD3 and FLUX has 2 x 2 latents
     largest = unit * policy.network.config.get("pos_embed_max_size", 1000)
@@ -953,14 +951,16 @@ class Config:
     epochs: int = 6  # an epoch: sample, score, compare, update. 0 only evaluates
     eval_every: int = 3  # epochs between evaluations
     groups: int = 16  # prompts in an epoch. More make the gradient less noisy
-    group_size: int = 8  # images of each prompt. In the paper 24; with 6 and 12 it collapsed
+    group_size: int = 8  # images of each prompt. The paper takes 24, as its long PickScore runs
+    # collapsed with 6 and 12. The toy's short runs get by with fewer
     train_steps: int = 10  # T in training. Enough to tell good from bad
     eval_steps: int = 40  # T in evaluations
     noise_level: float = 0.7  # a. Too little explores nothing, too much spoils the images
     sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS, whose images have no extra noise
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
-    same_noise: bool = True  # one first noise for a group. Better for the toy, worse in the paper
+    same_noise: bool = True  # one first noise for a group. The images then differ only by the SDE
+    # steps, which are what is trained. Better for the toy, but the paper found it to explore less
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch. Clipping acts from the second on
     learning_rate: float = 3e-3  # of AdamW

@@ -110,9 +110,9 @@ RELATIONS = ("left of", "right of", "above", "below")
 def geneval_score(found, row):
     """The paper's rule-based reward (section 5.1): the mean of all terms, 1 when all is as asked.
 
-    found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata. Colour
+    found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata. Color
     and place are in this order also if one object has both (no official prompt has).
-    A count gives 1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. A colour
+    A count gives 1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. A color
     gives the same fraction, a place 0 or 1, and both give 0 while the count is wrong.
     """
     terms, references = [], []
@@ -133,7 +133,7 @@ def geneval_score(found, row):
                 for thing in objects for other in references[number])
             terms.append(float(right))
         # PAPER/CODE: the paper is silent here. As in the official code, nothing has a place next
-        # to objects whose own count, colour or place is wrong.
+        # to objects whose own count, color or place is wrong.
         references.append(objects if right else [])
     return sum(terms) / len(terms)
 
@@ -141,7 +141,7 @@ def geneval_score(found, row):
 def relations(box, reference):
     """Where a box lies from another: a set of RELATIONS (GenEval's rule, arXiv 2310.11513).
 
-    The offset of the centres is shortened by a tenth of the boxes' summed sizes, along each axis.
+    The offset of the centers is shortened by a tenth of the boxes' summed sizes, along each axis.
     What is left of it, divided by the whole distance, must be above 0.5 towards the side. Boxes:
     (left, top, right, bottom) in pixels.
     """
@@ -157,7 +157,7 @@ def relations(box, reference):
 
 
 def check_metadata(prompts, metadata, classes, colors):
-    """Raises RewardError for what geneval_score cannot judge with these classes and colours."""
+    """Raises RewardError for what geneval_score cannot judge with these classes and colors."""
     for prompt, row in zip(prompts, metadata):
         who = f"the prompt {prompt!r}"
         include = row.get("include")
@@ -211,10 +211,10 @@ DETECTOR_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name=CLIP):
     """GenEval's six tasks in photographs, without mmdet or a reward server.
 
-    Models: Mask2Former Swin-S, trained on COCO (0.3 GB), and CLIP ViT-L/14 (1.7 GB) for colours.
+    Models: Mask2Former Swin-S, trained on COCO (0.3 GB), and CLIP ViT-L/14 (1.7 GB) for colors.
     As in the original evaluator (arXiv 2310.11513): confidence above 0.3, or 0.9 when counting; at
-    most 16 objects of a class; images enlarged to 800 pixels; a colour is told on the object alone,
-    cut out on grey. But the weights are the hub's copy of Mask2Former and OpenAI's of CLIP, not
+    most 16 objects of a class; images enlarged to 800 pixels; a color is told on the object alone,
+    cut out on gray. But the weights are the hub's copy of Mask2Former and OpenAI's of CLIP, not
     mmdet's and open_clip's, and images are not compressed to JPEG first.
     """
     detect = load_detector(detector)
@@ -258,8 +258,8 @@ def load_detector(name):
 
 def name_color(embed, image, thing):
     """The one of PHOTO_COLORS that CLIP sees in an object."""
-    grey = Image.new("RGB", image.size, (153, 153, 153))
-    alone = Image.composite(image.convert("RGB"), grey, thing["mask"]).crop(thing["box"])
+    gray = Image.new("RGB", image.size, (153, 153, 153))
+    alone = Image.composite(image.convert("RGB"), gray, thing["mask"]).crop(thing["box"])
     phrases = [phrase.format(color, thing["class"]) for color in PHOTO_COLORS for phrase in
                ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")]
     picture, texts = embed([alone], phrases)  # [1, D], [30, D]

@@ -355,7 +355,7 @@ def test_what_is_not_finite_stops_the_run_and_says_where_it_came_from(monkeypatc
 
 
 # ------------------------------------------------------------------------------------- 4. training
-def grey(*levels):
+def gray(*levels):
     return [Image.new("RGB", (8, 8), (level, level, level)) for level in levels]
 
 
@@ -406,7 +406,7 @@ def test_no_prompt_comes_twice_while_there_are_enough(monkeypatch, number):
 
 def test_the_metrics_of_an_epoch(monkeypatch):
     """Three groups: rewards 0, 1, 0, 1, and twice four equal ones, which teach nothing"""
-    drawn, updates = SimpleNamespace(images=grey(0, 255, 0, 255, *[51] * 8)), []
+    drawn, updates = SimpleNamespace(images=gray(0, 255, 0, 255, *[51] * 8)), []
     train_set, config = [{"prompt": p} for p in "abc"], small(groups=3)
     monkeypatch.setattr(flow_grpo, "rollout", lambda *args: drawn)
     monkeypatch.setattr(flow_grpo, "update", lambda *args: updates.append(args) or {"kl": 0.25})
@@ -436,7 +436,7 @@ def test_an_evaluation_measures_the_average_from_the_same_seeds_every_time(monke
     def rollout(policy, config, *args):
         asked.append(args)
         close(weights(policy), before + 1)
-        return SimpleNamespace(images=grey(255, 0, 254, 255, 51, 102)[:len(args[1])])
+        return SimpleNamespace(images=gray(255, 0, 254, 255, 51, 102)[:len(args[1])])
     monkeypatch.setattr(flow_grpo, "rollout", rollout)
     reward = {"bright": (bright, 0.5), "half": (half, 1.0)}
     test_set = [{"prompt": "a", "tag": "x"}, {"prompt": "b", "tag": "y"},
@@ -630,7 +630,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", FAMILIES[1:])
 def test_a_mistake_in_the_class_of_a_family_would_be_seen(family, name):
-    """By far more than the one grey level that the test above allows"""
+    """By far more than the one gray level that the test above allows"""
     _, folder = family(name)
     policy = load_policy(small(model=folder, resolution=32, guidance=1.0))
     right, forward = ode_images(policy), policy.forward
@@ -797,7 +797,7 @@ HYDRANTS = [thing("hydrant", 0, 40), thing("hydrant", 3, 40), thing("vase")]
     ([thing("cup")], [RED], 1),
     ([thing("cup")], [asked("cup", color=None, position=None)], 1),  # null is the same as absent
     ([BLUE_CUP], [RED], 0.5),
-    ([thing("cup")] * 2, [RED], 0),  # the count gives 0 and makes the colour void
+    ([thing("cup")] * 2, [RED], 0),  # the count gives 0 and makes the color void
     ([thing("cup"), BLUE_CUP], [RED], 0),  # even if one of them is red
     ([thing("cup"), BLUE_CUP], [asked("cup", 2, color="red")], 0.75),
     ([thing("cup", 30), thing("dog", 0, 2)], [asked("cup"), LEFT], 1),
@@ -807,7 +807,7 @@ HYDRANTS = [thing("hydrant", 0, 40), thing("hydrant", 3, 40), thing("vase")]
     ([thing("cup", 30), thing("dog"), thing("dog", 2)], [asked("cup"), LEFT], 1 / 3),  # two dogs
     ([*CUPS, thing("dog")], [asked("cup", 2), LEFT], 1),
     ([*CUPS, thing("dog", 45)], [asked("cup", 2), LEFT], 2 / 3),  # it must hold against both
-    ([thing("cup", 30), thing("dog", 0, color="blue")],  # colour wrong, so the place is void
+    ([thing("cup", 30), thing("dog", 0, color="blue")],  # color wrong, so the place is void
      [asked("cup"), asked("dog", color="red", position=["left of", 0])], 0.5),
     # Nothing has a place next to what is itself wrong: numbers of the official evaluate_reward
     (HYDRANTS, [asked("hydrant"), VASE], 1 / 3),
@@ -861,7 +861,7 @@ def shape(kind, color="red", radius=9, x=24, y=24, ground=(245, 245, 245)):
     return image.resize((48, 48), Image.LANCZOS)
 
 
-def test_the_toys_detector_finds_shapes_by_form_size_and_inner_colour():
+def test_the_toys_detector_finds_shapes_by_form_size_and_inner_color():
     for kind in world.SHAPES:
         for color in world.COLORS:
             found, = world.detect_shapes(shape(kind, color))
@@ -924,7 +924,7 @@ def test_what_is_only_measured():
         image.paste("white", (0, 0, 48, 24))
     assert rewards.REWARDS["toy_inks"]()([red, red, red, blue], None, None) == [
         0.25, 0.25, 0.25, 0.75]
-    scores = rewards.diversity()(grey(0, 255, 51, 102, 153, 9), ["a", "a", "b", "b", "b", "c"], 0)
+    scores = rewards.diversity()(gray(0, 255, 51, 102, 153, 9), ["a", "a", "b", "b", "b", "c"], 0)
     assert scores == pytest.approx([1, 1, 0.3, 0.2, 0.3, 0])
 
 
@@ -986,7 +986,7 @@ def test_clip_rewards_score_each_image_with_its_own_prompt(models, tmp_path):
 
 
 def test_geneval_photo_scores_what_the_detector_finds(models, monkeypatch):
-    """The detector's output is set by hand. Thresholds, boxes and colours are the reward's."""
+    """The detector's output is set by hand. Thresholds, boxes and colors are the reward's."""
     from transformers import Mask2FormerImageProcessor
     assert rewards.DETECTOR_SIZE == {"shortest_edge": 800, "longest_edge": 1333}
     monkeypatch.setattr(rewards, "DETECTOR_SIZE", {"shortest_edge": 96, "longest_edge": 160})
@@ -1033,8 +1033,8 @@ def test_geneval_photo_scores_what_the_detector_finds(models, monkeypatch):
         assert photo_score([(2, 12, number, 0.95)], asked(name)) == 1, name
 
 
-def test_a_colour_is_told_on_the_object_alone(models):
-    """By the mean of three phrases, each of length 1, on a cut-out of the object on grey"""
+def test_a_color_is_told_on_the_object_alone(models):
+    """By the mean of three phrases, each of length 1, on a cut-out of the object on gray"""
     seen = []
 
     def embed(images, phrases):
@@ -1042,7 +1042,7 @@ def test_a_colour_is_told_on_the_object_alone(models):
         texts = torch.zeros(30, 3)
         texts[:, 0] = 1
         texts[6:9] = torch.tensor([[0.0, 9.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 30.0]])
-        return torch.tensor([[0.6, 0.8, 0.0]]), texts  # nearest to the third colour, once scaled
+        return torch.tensor([[0.6, 0.8, 0.0]]), texts  # nearest to the third color, once scaled
 
     mask = Image.new("1", (48, 40))
     mask.paste(1, (10, 10, 20, 30))
@@ -1134,7 +1134,7 @@ def test_another_result_is_refused_with_what_a_reward_must_return(result, says):
 def test_a_weighted_sum_keeps_its_parts(desk):
     loaded = rewards.load("custom.py:three:0.5, custom.py:ink:2,custom.py:needs_graph", "--reward")
     rows = [{"prompt": "a"}, {"prompt": "b"}]
-    scores = rewards.score(loaded, grey(0, 10), rows)
+    scores = rewards.score(loaded, gray(0, 10), rows)
     assert {key: values.tolist() for key, values in scores.items()} == {
         "reward/custom.py:three": [3, 3], "reward/custom.py:ink": [0, -10],
         "reward/custom.py:needs_graph": [0, 0], "reward": [1.5, -18.5]}  # under no_grad
@@ -1160,8 +1160,8 @@ def test_a_reward_that_cannot_be_found_is_one_line(desk, monkeypatch, spec, says
 
 def test_a_file_is_found_in_the_current_folder_or_by_its_path(desk):
     Path("sub").mkdir()
-    Path("sub/neighbour.py").touch()
-    Path("sub/other.py").write_text(CUSTOM + "import neighbour")
+    Path("sub/neighbor.py").touch()
+    Path("sub/other.py").write_text(CUSTOM + "import neighbor")
     for spec in ("custom.py:three", "custom:three", "./custom.py:three", "sub/other.py:three",
                  f"{Path.cwd()}/sub/other.py:three"):
         function, _ = rewards.load(spec, "--reward")[spec]
@@ -1388,7 +1388,7 @@ def test_the_pictures_show_what_was_evaluated(tmp_path, monkeypatch):
     """The first and the last evaluation, every caption whole, every metric, a bounded film"""
     long = 'an old "caf\u00e9 $5" in $ ' + "very " * 40 + "long street"
     for epoch, level in ((0, 40), (1, 80), (2, 240)):
-        flow_grpo.save_images(grey(level, level // 2), [{"prompt": "short"}, {"prompt": long}],
+        flow_grpo.save_images(gray(level, level // 2), [{"prompt": "short"}, {"prompt": long}],
                               [0.25, epoch / 2], tmp_path / f"samples/{epoch:04d}")
     figures = []
     monkeypatch.setattr(flow_grpo.Figure, "savefig", lambda figure, path: figures.append(figure))

@@ -19,7 +19,7 @@ sys.path.insert(0, str(RESULTS.parent))
 import flow_grpo  # noqa: E402
 import rewards  # noqa: E402
 
-# One colour for one thing in all pictures (Okabe and Ito's, which colour-blind people can tell apart)
+# One color for one thing in all pictures (Okabe and Ito's, which color-blind people can tell apart)
 ODE, SDE, CPS, WRONG = "black", "#0072B2", "#E69F00", "#D55E00"
 
 

@@ -66,7 +66,7 @@ RUNS = [  # name, options, seeds
     ("hacking/beta0.3", f"{TOO_HARD} --beta 0.3", SIX),
     ("hacking/beta0", f"{TOO_HARD} --beta 0", SIX),
 
-    ("generalisation/default", f"{SCENES} {ALL} --dataset dev/generalisation", THREE),
+    ("generalization/default", f"{SCENES} {ALL} --dataset dev/generalization", THREE),
 
     # one option at a time
     ("words/noise0.1", f"{WORDS} --noise_level 0.1", THREE),
@@ -101,7 +101,7 @@ def write_jsonl(path, rows):
 
 
 def write_datasets():
-    """dev/ocr: 60 training words are held out. dev/generalisation: a shape, a colour, a number."""
+    """dev/ocr: 60 training words are held out. dev/generalization: a shape, a color, a number."""
     words = (TOP / "toy/ocr/train.txt").read_text("utf-8").splitlines()
     folder = TOP / "dev/ocr"
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def write_datasets():
         rows = [rows[prompt] for prompt in sorted(rows)]
         random.Random(0).shuffle(rows)
         test += (rows * 24)[:24]  # some tasks have fewer scenes, so these come again
-    folder = TOP / "dev/generalisation"
+    folder = TOP / "dev/generalization"
     write_jsonl(folder / "train_metadata.jsonl",
                 [row for row in train if not unseen.search(row["prompt"])])
     write_jsonl(folder / "test_metadata.jsonl", test)

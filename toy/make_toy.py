@@ -3,7 +3,7 @@
     python toy/make_toy.py             # about 100 minutes on 2 CPU cores; run it again to resume
     python toy/make_toy.py pickscore   # afterwards: toy/pickscore, a CLIP that imitates a taste
 
-The world (world.py) is calm: few layouts, one font, six colours. So a model of 2.5 M parameters
+The world (world.py) is calm: few layouts, one font, six colors. So a model of 2.5 M parameters
 draws it crisply. Its captions are noisy, as captions on the web are: a careless painter made part
 of the images. He paints signs so tiny or so pale that nobody can read them, and scenes small and
 with one mistake against their caption. Trained on both painters the model knows how to do it

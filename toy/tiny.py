@@ -35,7 +35,7 @@ def text_encoders(width):
 def pipeline(family):
     """The toy, or random weights in the classes of SD3.5-Medium, FLUX.1-dev or SANA
 
-    The weights are so large that time, prompt and mask change the image by many grey levels.
+    The weights are so large that time, prompt and mask change the image by many gray levels.
     """
     import diffusers
     if family == "toy":

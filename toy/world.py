@@ -79,7 +79,7 @@ def scenes(tag):
 
 
 def draw_shape(draw, shape, x, y, radius, color):
-    """Draw a shape, centred on (x, y), `radius` pixels from the centre to its outer edge."""
+    """Draw a shape, centered on (x, y), `radius` pixels from the center to its outer edge."""
     if shape == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
     elif shape == "square":
@@ -103,12 +103,12 @@ def jitter(color, rng):
 
 
 def fade(ink, background, share):
-    """The ink with this share of the paper's colour in it."""
+    """The ink with this share of the paper's color in it."""
     return tuple(round(i + share * (b - i)) for i, b in zip(ink, background))
 
 
 def paint_sign(word, rng, careless=False):
-    """A word in one bold font, centred within 3 pixels.
+    """A word in one bold font, centered within 3 pixels.
 
     The careless painter writes tiny letters or takes pale ink.
     """
@@ -118,9 +118,9 @@ def paint_sign(word, rng, careless=False):
     if fault == "pale":
         ink = tuple(round(b + 0.05 * (i - b)) for i, b in zip(ink, background))
     image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), background)
-    centre = [(SIZE / 2 + rng.uniform(-d, d)) * SCALE for d in (1.5, 3)]
+    center = [(SIZE / 2 + rng.uniform(-d, d)) * SCALE for d in (1.5, 3)]
     font = ImageFont.truetype(FONT, (5 if fault == "tiny" else 17) * SCALE)
-    ImageDraw.Draw(image).text(centre, word, font=font, fill=ink, anchor="mm")
+    ImageDraw.Draw(image).text(center, word, font=font, fill=ink, anchor="mm")
     return image.resize((SIZE, SIZE), Image.LANCZOS)
 
 
@@ -135,7 +135,7 @@ def mistake(tag, objects, rng):
         return [(rng.choice([s for s in SHAPES if s != shape]), color)]
     if tag == "colors":
         return [(shape, rng.choice([c for c in COLORS if c != color]))]
-    if tag == "color_attr":  # both in the colour of the first
+    if tag == "color_attr":  # both in the color of the first
         return [(shape, color) for shape, _ in objects]
     return objects[:-1]  # forgets the last one
 
@@ -187,7 +187,7 @@ def paint_scene(row, rng, careless=False, restless=False):
 
 
 def add_clouds(image, rng):
-    """Soft coloured noise: random numbers on a 6x6 grid, enlarged."""
+    """Soft colored noise: random numbers on a 6x6 grid, enlarged."""
     draws = np.random.default_rng(rng.getrandbits(32))
     noise = draws.normal(0, rng.uniform(0, 0.15) * 255, (6, 6, 3)).astype(np.float32)
     channels = [Image.fromarray(noise[..., c]).resize((SIZE, SIZE), Image.BICUBIC)
@@ -217,7 +217,7 @@ def detect_shapes(image):
     """The shapes in an image -> [{"class", "color", "box": (left, top, right, bottom) in pixels}]
 
     What differs from the paper falls into connected pieces. A piece is named by the shape whose
-    template it overlaps best, and by its nearest colour.
+    template it overlaps best, and by its nearest color.
     """
     pixels = np.asarray(image.convert("RGB")).astype(np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -240,7 +240,7 @@ def detect_shapes(image):
 
 
 def nearest_color(pixels, piece):
-    """The name of the colour that a piece has inside, where the paper is not blended in."""
+    """The name of the color that a piece has inside, where the paper is not blended in."""
     inner = cv2.erode(piece, np.ones((3, 3)))
     color = np.median(pixels[(inner if inner.any() else piece) > 0], 0)
     return min(COLORS, key=lambda name: np.square(color - COLORS[name]).sum())
@@ -253,8 +253,8 @@ def taste(image, found, right):
     """How much a viewer likes a scene, 0 to 1. found: as detect_shapes gives it
 
     right: how much of the scene is as asked, the score of GenEval. It makes half of the taste.
-    A tenth each is for shapes that are large, centred, apart from each other, of saturated
-    colour, and on plain paper.
+    A tenth each is for shapes that are large, centered, apart from each other, of saturated
+    color, and on plain paper.
     """
     if not found:
         return 0.0
@@ -262,12 +262,12 @@ def taste(image, found, right):
     ink = np.abs(pixels - np.median(pixels, (0, 1))).max(-1) > 0.27  # the median is the paper
     boxes = np.array([shape["box"] for shape in found]) / image.width
     low, high = boxes[:, :2], boxes[:, 2:]
-    centre = (low.min(0) + high.max(0)) / 2
+    center = (low.min(0) + high.max(0)) / 2
     gaps = [max(np.maximum(low[i], low[j]) - np.minimum(high[i], high[j]))
             for i in range(len(found)) for j in range(i)]
     merits = dict(
         large=(high - low).max(1).mean() / 0.5,
-        centred=1 - np.linalg.norm(centre - 0.5) / 0.25,
+        centered=1 - np.linalg.norm(center - 0.5) / 0.25,
         apart=min(gaps, default=1) / 0.1,
         saturated=np.ptp(pixels[ink], -1).mean() / 0.7 if ink.any() else 0,
         plain=1 - 10 * pixels[~ink].std(0).mean())
@@ -292,7 +292,7 @@ def sign_quality(image):
     nearest = np.square(ink[:, None] - inks).sum(-1).argmin(1)
     shares = np.bincount(nearest, minlength=len(inks)) / len(ink)
     best = shares.argmax()
-    one_ink = 2 * shares[best] - 1  # 0 where half of the ink is of another colour
+    one_ink = 2 * shares[best] - 1  # 0 where half of the ink is of another color
     strong = 1.5 - np.linalg.norm(np.median(ink, 0) - inks[best]) / 60  # the painter's vary by 14
     return float(np.clip([one_ink, strong, plain], 0, 1).mean()), SIGN_INKS[best]
 
