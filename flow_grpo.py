@@ -6,7 +6,7 @@ a problem for reinforcement learning, which works by making good random choices 
 there are none. So Flow-GRPO makes the sampler random, learns from the differences that this causes,
 and takes the randomness away again at the end:
 
-  sde_step          One denoising step, made random: it drops a little of the old noise and adds
+  sde_step          One denoising step, made random: it drops some of the old noise and adds
                     fresh noise instead. The distribution of the images stays the same if the steps
                     are small, but each step is now a Gaussian whose density is known: a policy.
   rollout           Samples a group of images for each prompt, in 10 steps instead of 40.
@@ -55,7 +55,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of onnxruntime, which diffusers imports
-# Threads that wait must sleep, not spin. On a machine with other work this takes 0.6 of the time.
+# Threads that wait should sleep, not spin. On a busy machine this saves 40 % of the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import diffusers
@@ -79,7 +79,7 @@ import rewards  # the prompts and the rewards. A reward is loaded as {name: (fun
 WORLD = PartialState(cpu=not torch.accelerator.is_available())
 # With torch 2.11 on an H200, cuDNN's attention gave FLUX gradients that were not finite.
 torch.backends.cuda.enable_cudnn_sdp(False)
-for library in (diffusers, transformers):  # they have a lot to say about the toy
+for library in (diffusers, transformers):  # no warnings and bars of theirs
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 
@@ -113,37 +113,23 @@ for library in (diffusers, transformers):  # they have a lot to say about the to
 #     When every x moves by u, p changes by -div(p * u). Since p * grad(log p) is grad(p), this is
 #     -std^2 / 2 * laplacian(p).
 #
-# The two changes cancel at every x, whatever sigma is, as long as the step is small (appendix A has
-# the full proof). The variances show the same: adding fresh noise raises the variance of x by
-# std^2, and taking d * noise_guess away lowers it by 2d * cov(x, noise_guess), if d is small. This
-# covariance is t. It is so for the true noise, because x = (1-t) * data + t * noise, where data and
-# noise are independent, and noise has variance 1. noise_guess is the average of the noise given x,
-# and such an average has the same covariance with x as the noise itself. With d = std^2 / (2t), as
-# much is taken away as is added.
+# The two changes cancel at every x, whatever sigma is, as long as the step is small (appendix A of
+# the paper has the full proof). All this is exact for a perfect v and small steps.
 #
-# All this is exact for a perfect v and small steps. But 10 steps are not small, and near t = 1,
-# where sigma grows without limit, even a short step adds much noise. At a = 0.7 on the time grid of
-# SD3.5, the noise in x is too strong by 4 % after the first of 10 steps and by 8 % after the
-# second. On the toy's grid it is 7 and 12 %, with FLUX's 6 steps at a = 0.9 it is 14 and 26 %. A
-# later step is much worse, see `choose_window`.
+# But 10 steps are not small, and near t = 1, where sigma grows without limit, even a short step
+# adds much noise. At a = 0.7 on the time grid of SD3.5, the noise in x is too strong by 4 % after
+# the first of 10 steps and by 8 % after the second. On the toy's grid it is 7 and 12 %, with FLUX's
+# 6 steps at a = 0.9 it is 14 and 26 %. In late steps the error is far larger, see `choose_window`.
 #
 # CPS aims at the right amount of noise after steps of any size. With keep^2 + std^2 = s^2, old and
-# fresh noise together have a std of exactly s, if noise_guess is the true noise. But an average
-# varies less than what it averages, so x gets too narrow, however many steps there are: a Gaussian
-# mode of the data ends with cos(a * pi/4) times its std. That is 15 % too narrow at a = 0.7 and
-# 19 % at a = 0.8.
-#
-# Why is CPS too narrow, but not the ODE, whose guesses vary too little as well? Because only a
-# random step replaces anything. It takes c * noise_guess out of x, where c = s - keep, and puts
-# fresh noise in, as much as if noise_guess were the true noise with its variance of 1. So each step
-# loses a variance of c^2 * (1 - Var(noise_guess)).
-#
-#   - For the ODE, c is 0: nothing is replaced and nothing is lost.
-#   - For equation 9, c is as small as the step, so c^2 is tiny. Over many small steps, the errors
-#     of this size add up to nothing.
-#   - For CPS, c = s * (1 - cos(a * pi/2)), in a small step as in a large one, so more steps only
-#     mean more losses. They end where x is so narrow that noise_guess takes no more out of it than
-#     the fresh noise brings back.
+# fresh noise together have a std of exactly s, if noise_guess is the true noise. But noise_guess is
+# an average, and an average varies less than what it averages. So a CPS step takes a little more
+# variance out of x than it puts back, and x gets too narrow. Smaller steps do not help, because CPS
+# replaces the same share of the noise in each step, however small it is. In the limit of many
+# random steps, a Gaussian mode of the data ends with cos(a * pi/4) times its std, which is 15 % too
+# narrow at a = 0.7. Equation 9 replaces an amount that shrinks with the step, and the ODE replaces
+# nothing, so their errors vanish in small steps.
+
 
 class Step(NamedTuple):
     """A denoising step from t to s. All are [1, 1, 1, 1], or [B, 1, 1, 1], a number per image."""
@@ -180,8 +166,8 @@ def sde_mean(x, v, step):
 
     For the flow SDE this is the mean in equation 9, which the paper writes as
         x + [v + sigma^2 / (2t) * (x + (1-t) * v)] * (s-t)
-    The second term in the bracket is a multiple of noise_guess, so it points towards lower p. The
-    factor s-t is negative, so the step goes towards higher p.
+    The second term in the bracket is a multiple of noise_guess. Because s-t is negative, this moves
+    x away from the noise, towards higher p.
     """
     data_guess = x - step.t * v
     noise_guess = x + (1 - step.t) * v
@@ -203,9 +189,9 @@ def sde_step(x, v, step, fresh_noise=None, x_next=None):
     PAPER/CODE: log p(x_next) is a sum over all D = C * H * W dimensions. The code takes the mean
     over them instead, and so do we. `clipped_loss` says what this means for the ratio.
 
-    PAPER/CODE: For CPS the code uses -(x_next - mean)^2 as the density, without 1 / (2 * std^2). We
-    keep this factor. It is very large in late steps, which would then dominate the gradient, so use
-    an early window with CPS.
+    PAPER/CODE: For CPS the code uses -(x_next - mean)^2 as the log-density, without the factor
+    1 / (2 * std^2). We keep the factor. It is very large in late steps, where std is small, so
+    these would dominate the gradient. Use an early window with CPS.
     """
     mean = sde_mean(x, v, step)
     if x_next is None:
@@ -226,9 +212,8 @@ def kl_penalty(mean, mean_ref, kl_std):
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions,
     and for the flow SDE it divides by sigma^2 instead of std^2 = sigma^2 * (t-s). So this is the KL
-    times (t-s) / D. The factor t-s only weights the steps differently. As it is positive, the
-    penalty is still lowest where the means are equal. But the scale of beta depends on it: the
-    published 0.04 is for this form. (With std^2 the authors used 0.004.)
+    times (t-s) / D. The published beta of 0.04 is for this form. (With std^2 the authors used
+    0.004.)
 
     For CPS the code does divide by std^2, which makes it KL / D. So the same beta is not equally
     strong with CPS and with the flow SDE.
@@ -265,17 +250,17 @@ def clipped_loss(ratio, advantages, clip_range):
     The ratio of the new to the old probability says how much more likely a step is now than when it
     was sampled. Ours is the D-th root of this ratio, because log_prob is a mean over D dimensions.
 
-    In the first update of an epoch the ratio is 1, and its gradient is that of log_prob: a plain
-    policy gradient. The root only divides it by D.
+    In the first update of an epoch the ratio is 1, so its gradient is the gradient of log_prob.
+    This is a plain policy gradient. Taking the mean instead of the sum divides it by D.
 
     Later updates use images of an older policy. The true ratio would correct for that, by weighting
     the images (importance sampling). The root is too close to 1 to correct anything. It only
     measures how far the policy has moved, and this is what clipping needs.
 
     Images of an older policy say little about a policy that is far from it, so clipping keeps the
-    new one near. If an image is good and its ratio is above the range already, or bad and below it,
-    min picks the constant, whose gradient is 0. In the other direction nothing is clipped, so that
-    a wrong move can be undone.
+    new one near. If the advantage is positive and the ratio is above the range already, or if it is
+    negative and the ratio is below, min picks the clipped term, whose gradient is 0. In the other
+    direction nothing is clipped, so that a wrong move can be undone.
 
     The root is also why clip ranges are so small. D is 65,536 for SD3.5 at 512 pixels, so 1.0001
     here, the end of the published clip range, is a true ratio of 1.0001^65536, about 700. The toy
@@ -388,7 +373,7 @@ def update(policy, config, drawn, advantages):
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
     keeps them. We keep them, because they still have a KL penalty.
     """
-    images = torch.arange(len(advantages)).view(-1, config.group_size)
+    images = torch.arange(len(advantages)).view(-1, config.group_size)  # [groups, group_size]
     sde_steps = torch.arange(len(drawn.window))
 
     kls, ratios, norms = [], [], []
@@ -399,7 +384,8 @@ def update(policy, config, drawn, advantages):
             policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
             check_ratio(ratio, config.clip_range, is_first=number == 0)
             loss = policy_loss + config.beta * kl
-            # Summed over all batches and processes, this is the gradient of the mean.
+            # Each batch adds its share. `optimize` adds up the processes. Together this is the
+            # gradient of the mean over all pairs.
             (loss.sum() / count).backward()
             kls.append(kl.detach())
             ratios.append(ratio.detach())
@@ -436,7 +422,8 @@ def losses(policy, config, drawn, advantages, pairs):
     ratio = torch.exp(log_prob - old_log_prob)
     policy_loss = clipped_loss(ratio, advantage, config.clip_range)
 
-    # With a beta of 0 the KL is still measured, to see how far the policy has moved.
+    # With a beta of 0 the KL is still measured, to see how far the policy has moved. This costs one
+    # more velocity, without a gradient.
     with torch.no_grad(), policy.reference():
         v_ref = policy.velocity(x, step.t, condition)
     mean_ref = sde_mean(x, v_ref, step)
@@ -447,7 +434,8 @@ def losses(policy, config, drawn, advantages, pairs):
 def check_ratio(ratio, clip_range, is_first):
     """Before the first update, the policy is the one that sampled. So every ratio must be 1.
 
-    Rounding moves it a little. We allow half of the clip range, but at least 1e-5 and at most 1e-4.
+    Rounding moves it a little. We allow half of the clip range, but at least 1e-5, which is about
+    the rounding of float32, and at most 1e-4.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -456,8 +444,9 @@ def check_ratio(ratio, clip_range, is_first):
     allowed = min(allowed, 1e-4)
     if is_first and off > allowed:
         sys.exit(f"before the first update a ratio is off by {off:.2g}, but it must be 1: sampling "
-                 "and training do not compute the same thing (guidance? dropout?). With bf16, let "
-                 "--batch_size divide the number of images in an update")
+                 "and training do not compute the same thing (guidance? dropout?). In bf16, "
+                 "rounding depends on the size of a batch, so --batch_size must divide the number "
+                 "of images of an update")
 
 
 # ------------------------------------------------------------------------------------- 4. training
@@ -518,17 +507,17 @@ def evaluate(policy, config, reward, test_set, folder):
     """Sample the test prompts with the ODE -> metrics. The images go to the folder.
 
     We train a random sampler and use it without randomness. Why does that work? The SDE and the ODE
-    follow the same v, so what moves the mean of an SDE step moves the ODE the same way. And at each
-    time both meet about the same x, so v was trained where the ODE uses it. With a short window, v
-    is trained at a few times only. The LoRA is shared by all times, so the others change as well,
-    but nothing guarantees that this helps. The evaluation shows whether it does.
+    follow the same v, so what moves the mean of an SDE step moves the ODE the same way. And as long
+    as the SDE steps keep the distribution of x, v was trained where the ODE uses it. With a short
+    window, v is trained at a few times only. The LoRA is shared by all times, so the others change
+    as well, but nothing guarantees that this helps. The evaluation shows whether it does.
 
     The weights are a moving average, which is less noisy than any single update. The seeds are the
     same in every evaluation, whatever --seed is, so that all runs can be compared.
 
     Accuracy is the share of images that the reward finds entirely right. For GenEval this is
-    stricter than the benchmark's own accuracy, which asks for *at least* as many objects and
-    averages over its six tasks, not over all images.
+    stricter than the benchmark's own accuracy. That one accepts more objects than the prompt asks
+    for, and it averages over its six tasks, not over all images.
     """
     n = config.eval_per_prompt
     if config.eval_prompts > 0:
@@ -547,13 +536,20 @@ def evaluate(policy, config, reward, test_set, folder):
     if first_reward in rewards.HAVE_A_RIGHT_ANSWER:
         right = scores[f"reward/{first_reward}"] == 1
         metrics["eval_accuracy"] = right.mean()
-        tags = [row.get("tag", "") for row in test_set]  # the tasks of GenEval
-        tags = np.array(repeat_each(tags, n))
-        for tag in sorted(set(tags) - {""}):
-            metrics[f"eval_accuracy/{tag}"] = right[tags == tag].mean()
-    # To look at: the first image of each prompt
+        metrics |= accuracy_by_tag(right, repeat_each(test_set, n))
+    # To look at: the first image of each prompt. The images are those of this process, the prompts
+    # and scores are those of all.
     save_images(images[::n], test_set, scores["reward"][::n], folder)
     return metrics
+
+
+def accuracy_by_tag(right, rows):
+    """The share of right images for each task of GenEval, which is the tag of a row"""
+    right_by_tag = {}
+    for is_right, row in zip(right, rows):
+        if "tag" in row:
+            right_by_tag.setdefault(row["tag"], []).append(is_right)
+    return {f"eval_accuracy/{tag}": np.mean(right_by_tag[tag]) for tag in sorted(right_by_tag)}
 
 
 def train(config):
@@ -582,13 +578,13 @@ def train(config):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Once all groups have equal rewards, only the KL penalty has a gradient. Adam
-            # normalizes the size of the gradient, so at a constant learning rate even this small
-            # one can move the toy back towards the base model.
-            left = 1
+            # Why let the learning rate fall? Once all groups have equal rewards, only the KL
+            # penalty has a gradient. Adam normalizes the size of a gradient, so at a constant rate
+            # even this small one can move the toy back towards the base model.
+            decay = 1
             if config.lr_decay:
-                left = 1 - (epoch - 1) / config.epochs
-            policy.set_learning_rate(config.learning_rate * left)
+                decay = 1 - (epoch - 1) / config.epochs
+            policy.set_learning_rate(config.learning_rate * decay)
             metrics |= train_epoch(policy, config, reward, train_set, epoch)
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             metrics |= evaluate(policy, config, watched, test_set, folder / f"samples/{epoch:04d}")
@@ -601,13 +597,6 @@ def train(config):
     trackers.end_training()
 
 
-# That is the method. Where to go from here: GRPO-Guard (arXiv 2510.22319) centers the ratios, most
-# of which are below 1 once the policy has moved. Flow-DPPO (2606.11025) replaces clipping by a
-# limit on the exact KL. GDPO (2601.05242) divides each of several rewards by its own std. And
-# DiffusionNFT (2509.16117) and AWM (2509.25050) need no SDE at all: they add noise to finished
-# images and train on those, which is several times cheaper.
-
-
 # ---------------------------------------------------------------------------------- 5. the network
 ALPHA_OVER_RANK = 2  # as in the official code
 
@@ -615,10 +604,19 @@ ALPHA_OVER_RANK = 2  # as in the official code
 class Policy:
     """An SD3 pipeline (the toy is one) with a LoRA, an optimizer and a moving average of the LoRA
 
-    For another family, write a subclass like SanaPolicy below and enter it in POLICIES: lora_layers
-    names what is trained, encode_batch gives the condition as tensors, forward the velocity, and
-    time_grid the times. It is right if a rollout without noise gives the image of the family's own
-    pipeline. The tests compare the two.
+    For another family, write a subclass like SanaPolicy below and enter it in POLICIES:
+
+      lora_layers   the layers that are trained
+      encode_batch  gives the condition as two tensors, with a row for each prompt. For guidance it
+                    is asked for [""] alone.
+      forward       gives the velocity. t is 1 for noise, and v leads from the image to the noise.
+                    Some networks have both the other way round.
+      time_grid     if the family's own pipeline calls set_timesteps with more than the number of
+                    steps
+      decode        if its VAE scales the latents in another way
+
+    Your class is right if a rollout with an empty window gives the image of the family's own
+    pipeline, as the tests over FAMILIES check.
     """
 
     lora_layers = [  # as in the official code: the attention of image tokens and of text tokens
@@ -629,16 +627,15 @@ class Policy:
         self.pipe = pipe
         self.config = config
         self.encoders = torch.nn.ModuleList(
-            part for name, part in pipe.components.items() if "text_encoder" in name and part)
+            part for name, part in pipe.components.items()
+            if "text_encoder" in name and part is not None)
         pipe.vae.to(WORLD.device)
         pipe.transformer.to(WORLD.device)
         if config.gradient_checkpointing:
             pipe.transformer.enable_gradient_checkpointing()
         torch.manual_seed(config.seed)  # for the initial LoRA
         # A LoRA adds alpha / rank times the product of two thin matrices to the weights of a layer.
-        # One of the two starts at 0, so training starts at the base model. The LoRA has 18.8
-        # million weights for SD3.5-Medium and 16.5 million for SANA at rank 32, and 179 million for
-        # FLUX.1-dev at rank 64.
+        # One of the two starts at 0, so training starts at the base model.
         self.network = peft.get_peft_model(pipe.transformer, peft.LoraConfig(
             r=config.lora_rank,
             lora_alpha=ALPHA_OVER_RANK * config.lora_rank,
@@ -692,14 +689,16 @@ class Policy:
         if self.config.offload:
             self.network.cpu()
         self.encoders.to(WORLD.device)
-        encoded = []
+        embeds = []
+        others = []  # pooled embeddings for SD3 and FLUX, the attention mask for SANA
         for start in range(0, len(prompts), self.config.batch_size):
             batch = prompts[start:start + self.config.batch_size]
-            encoded.append([c.cpu() for c in self.encode_batch(batch)])
+            its_embeds, its_others = self.encode_batch(batch)
+            embeds.append(its_embeds.cpu())
+            others.append(its_others.cpu())
         if self.config.offload:
             self.encoders.cpu()
             self.network.to(WORLD.device)
-        embeds, others = zip(*encoded)  # of each batch: the embeddings, and the pooled ones or mask
         return [torch.cat(embeds), torch.cat(others)]
 
     def encode_batch(self, prompts):
@@ -765,7 +764,8 @@ class Policy:
         self.optimizer.zero_grad()
         self.updates += 1
         n = self.updates
-        if n % self.config.ema_every == 0 or self.config.ema_decay == 0:
+        no_averaging = self.config.ema_decay == 0
+        if n % self.config.ema_every == 0 or no_averaging:
             # The decay grows, so that the average soon forgets the start (the code's ema.py).
             decay = min(self.config.ema_decay, (1 + n) / (10 + n))
             weights = parameters_to_vector(self.params).detach()
@@ -840,7 +840,7 @@ class FluxPolicy(Policy):
         return embeds, pooled
 
     def time_grid(self, T):
-        tokens = (self.latent_shape[1] // 2) ** 2  # the more, the denser near t = 1
+        tokens = (self.latent_shape[1] // 2) ** 2  # with more of them, more times lie near t = 1
         scheduler = self.pipe.scheduler.config
         mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(
             tokens, scheduler.base_image_seq_len, scheduler.max_image_seq_len,
@@ -937,44 +937,52 @@ class Config:
     eval_reward: str = ""  # rewards that are only measured, to see whether the other is hacked
     model: str = "toy"  # folder or hub name of an SD3, FLUX or SANA pipeline
     cpu: bool = False  # run the preset of a large model although there is no GPU
-    dataset: str = ""  # folder with the prompts. If empty, the toy's words or scenes
+    # Folder with train.txt and test.txt, a prompt on each line, or train_metadata.jsonl and
+    # test_metadata.jsonl. If empty, the toy's words or scenes
+    dataset: str = ""
     resolution: int = 48  # height and width of the images in pixels
     max_sequence_length: int = 14  # tokens of the T5 text encoder, or of SANA's Gemma
     precision: Literal["fp32", "bf16"] = "fp32"  # of the network. bf16 halves the memory
     gradient_checkpointing: bool = False  # less memory, slower updates
     offload: bool = False  # text encoders and network take turns on the GPU
     name: str = ""  # folder under runs/. If empty, the name of the reward, numbered
-    resume: str = ""  # folder of a run to continue, with its options. Careful with a folder that
-    # is not yours: this runs the reward that its checkpoint names
+    # Folder of a run to continue, with its options. Careful with a folder that is not yours: this
+    # runs the reward that its checkpoint names
+    resume: str = ""
     report_to: str = ""  # also log to tensorboard, wandb, trackio, swanlab or another tracker
     seed: int = 0  # on a CPU, the same seed gives the same run
     epochs: int = 6  # an epoch: sample, score, compare, update. 0 only evaluates
     eval_every: int = 3  # epochs between evaluations
     groups: int = 16  # prompts in an epoch. More make the gradient less noisy
-    group_size: int = 8  # images of each prompt. The paper takes 24, as its long PickScore runs
-    # collapsed with 6 and 12. The toy's short runs get by with fewer
+    # Images of each prompt. The paper takes 24, because its long PickScore runs collapsed with 6
+    # and 12. The toy's short runs get by with fewer
+    group_size: int = 8
     train_steps: int = 10  # T in training. Enough to tell good from bad
     eval_steps: int = 40  # T in evaluations
     noise_level: float = 0.7  # a. Too little explores nothing, too much spoils the images
     sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS, whose images have no extra noise
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
-    same_noise: bool = True  # one first noise for a group. The images then differ only by the SDE
-    # steps, which are what is trained. Better for the toy, but the paper found it to explore less
+    # One first noise for a group. Then its images differ only by the SDE steps, which are what is
+    # trained. Better for the toy, but the paper found that it explores less
+    same_noise: bool = True
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch. Clipping acts from the second on
     learning_rate: float = 3e-3  # of AdamW
     lr_decay: bool = True  # the rate falls linearly. After the last epoch it would be 0
-    adam_eps: float = 1e-8  # Adam divides by |gradient| + adam_eps. The losses are means over D, so
-    # the gradient of a single weight is tiny: if the kl stays at 0, try 1e-15
-    clip_range: float = 1e-3  # how far a ratio may leave 1. Less clips more and learns less
+    # Adam divides a gradient by its recent size plus adam_eps. The losses are means over D, so the
+    # gradient of a single weight is tiny: if the kl stays at 0, try 1e-15
+    adam_eps: float = 1e-8
+    clip_range: float = 1e-3  # a ratio this far from 1 gets no further push
     beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
     std_over: Literal["epoch", "group"] = "epoch"  # whose std divides the advantages
     lora_rank: int = 32  # alpha is twice the rank
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0 is off
     ema_every: int = 1  # updates between averagings
-    batch_size: int = 64  # images in one pass of the network. Changes memory and speed only, but
-    # with bf16 it must divide a process's images of an update, or rounding changes the ratio
+    # Images in one pass of the network. It changes memory and speed only. But bf16 rounds
+    # differently in batches of different size, so there it must divide a process's images of an
+    # update, or the ratio changes
+    batch_size: int = 64
     eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
     eval_per_prompt: int = 2  # images of each of them
 
@@ -983,16 +991,18 @@ class Config:
 # beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.
 # PAPER/CODE: The code trains in fp16. We use bf16, which has the range of float32, so that no loss
 # has to be scaled.
-# PAPER/CODE: The code renews its moving average in every 8th update, once for each of the 2 batches
-# of this update. So its decay of 0.9 acts as 0.9^2 = 0.81.
+# PAPER/CODE: The code updates its moving average after each batch of every 8th update. Such an
+# update has 2 batches, so its decay of 0.9 acts twice. This equals 0.9^2 = 0.81 once.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
-    precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, window=0,
-    same_noise=False, guidance=4.5, learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04,
+    precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
+    eval_steps=40, noise_level=0.7, sde="flow", window=0, same_noise=False, guidance=4.5, updates=2,
+    learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04, std_over="epoch", lora_rank=32,
     ema_decay=0.81, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
 
-# For one GPU of 24 GB. The recipe is the script that verl-omni merged (pull requests 159 and 178),
-# whose text says 3e-4 where the script has a learning rate of 1e-4. adam_eps is from UniRL (407).
+# For one GPU of 24 GB. The values are those of the script in pull requests 159 and 178 of verl-omni
+# (github.com/verl-project/verl-omni), whose learning rate is 1e-4 although the text there says
+# 3e-4. adam_eps is from pull request 407 of UniRL.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
@@ -1023,12 +1033,16 @@ PRESETS = {
 
 
 def parse_config(argv=None):
-    """The defaults of Config < a preset, or the run to resume < the command line"""
+    """The options: from the command line, else the run to resume or the preset, else Config
+
+    tyro must know the defaults before it parses. So it parses twice: first with those of Config, to
+    see which preset or run is asked for, then with the values of these as the defaults.
+    """
     def parse(defaults):
         return tyro.cli(Config, default=Config(**defaults), args=argv, use_underscores=True,
                         description=__doc__)
 
-    config = parse({})  # for the first time, to see which defaults are asked for
+    config = parse({})
     first_reward = next(iter(rewards.parse(config.reward, "--reward")))
     if config.resume:
         saved = read_checkpoint(config.resume)["options"]
@@ -1143,7 +1157,7 @@ def new_folder(names):
 
 
 def save(policy, config, folder, history):
-    """The options, the LoRA for diffusers, and the checkpoint for --resume"""
+    """The options, the LoRA for diffusers (load_lora_weights), the checkpoint for --resume"""
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
     layers = policy.lora()
     policy.pipe.save_lora_weights(folder, transformer_lora_layers=layers)
@@ -1164,7 +1178,7 @@ def read_checkpoint(folder):
                  "first one, start it again, with the same --name")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        Config(**checkpoint["options"])
+        Config(**checkpoint["options"])  # fails for the options of another version
         return checkpoint
     except (OSError, RuntimeError, EOFError, TypeError, KeyError, pickle.UnpicklingError) as error:
         sys.exit(f"--resume {folder}: its checkpoint.pt is damaged, or of another version of this "
@@ -1197,8 +1211,20 @@ def report(config, folder, history, trackers):
             draw_curve(folder, history)
             draw_before_after(folder)
             draw_film(folder)
+            log_picture(trackers, folder / "before_after.png", epoch)
         except Exception as error:  # whatever happened to the files: no picture may stop a run
             say(f"warning: no pictures this time: {error!r}")
+
+
+def log_picture(trackers, path, epoch):
+    """A picture for the trackers that show pictures"""
+    picture = Image.open(path).convert("RGB")
+    for tracker in trackers.trackers:
+        if tracker.name == "tensorboard":
+            pixels = np.asarray(picture)[None]
+            tracker.log_images({path.stem: pixels}, epoch, dataformats="NHWC")
+        elif tracker.name in ("wandb", "swanlab"):
+            tracker.log_images({path.stem: [picture]}, epoch)
 
 
 def summary(folder, history):
@@ -1212,7 +1238,7 @@ def summary(folder, history):
 
 def save_images(images, rows, scores, folder):
     """The images of the first 12 prompts, with a file of their prompts and scores"""
-    images = gather_object(images[:12])[:12]
+    images = gather_object(images[:12])[:12]  # the first 12 of all processes, in order
     if not WORLD.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -90,11 +90,17 @@ def text_score(text, target, distance):
     if not target.isascii():
         # PAPER/CODE: The official code compares the characters as they are, so that a target with a
         # curly apostrophe could never be right: the engine reads a straight one.
-        text, target = plain(text), plain(target)
-    text, target = ("".join(words.split()).lower() for words in (text, target))
+        text = plain(text)
+        target = plain(target)
+    text = without_spaces(text).lower()
+    target = without_spaces(target).lower()
     if target in text:
         return 1.0
     return max(1 - distance(text, target) / len(target), 0.0)
+
+
+def without_spaces(text):
+    return "".join(text.split())
 
 
 def plain(text):
@@ -115,7 +121,8 @@ def geneval_score(found, row):
     A count gives 1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. A color
     gives the same fraction, a place 0 or 1, and both give 0 while the count is wrong.
     """
-    terms, references = [], []
+    terms = []
+    references = []  # for each object of the row: the things found for it, if they are right
     for asked in row["include"]:
         objects = [thing for thing in found if thing["class"] == asked["class"]]
         terms.append(1 - abs(asked["count"] - len(objects)) / asked["count"])
@@ -128,9 +135,12 @@ def geneval_score(found, row):
             # PAPER/CODE: after a wrong place the official code adds another term of 1, so that a
             # failure scores 0.75. We follow the paper.
             relation, number = asked["position"]
-            right = right and bool(references[number]) and all(
-                relation in relations(thing["box"], other["box"])
-                for thing in objects for other in references[number])
+            if not references[number]:
+                right = False
+            for thing in objects:
+                for other in references[number]:
+                    if relation not in relations(thing["box"], other["box"]):
+                        right = False
             terms.append(float(right))
         # PAPER/CODE: the paper is silent here. As in the official code, nothing has a place next
         # to objects whose own count, color or place is wrong.
@@ -164,8 +174,10 @@ def check_metadata(prompts, metadata, classes, colors):
         if not include or not isinstance(include, list):
             raise RewardError(f"{who} has no GenEval metadata; use a dataset of *_metadata.jsonl")
         for number, asked in enumerate(include):
-            name, count, color = (asked.get(key) for key in ("class", "count", "color"))
-            if name not in classes or color and color not in colors:
+            name = asked.get("class")
+            count = asked.get("count")
+            color = asked.get("color")
+            if name not in classes or (color and color not in colors):
                 hint = "; geneval_photo knows it" if name in PHOTO_CLASSES else ""
                 raise RewardError(f"{who} asks for {color or 'a'} {name}{hint}; "
                                   f"the detector knows {', '.join(classes)}; {', '.join(colors)}")
@@ -426,7 +438,10 @@ def read_row(line, where):
 def parse(spec, option):
     """"ocr:1,mine.py:nice:2" -> {"ocr": 1.0, "mine.py:nice": 2.0}, the weight of each reward"""
     weights = {}
-    for term in filter(None, map(str.strip, spec.split(","))):
+    for term in spec.split(","):
+        term = term.strip()
+        if not term:
+            continue
         name, weight = term, 1.0
         first, _, last = term.rpartition(":")
         if first and is_number(last):

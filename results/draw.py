@@ -1,9 +1,11 @@
-"""Draws results/figures from runs.jsonl and from the method itself: python results/draw.py [NAME]
+"""Draws results/figures and fills in the tables: python results/draw.py [NAME OF A FUNCTION ...]
 
-The pictures of images are copied from runs/, where results/run_all.py has left them.
+The numbers are those of runs.jsonl, or of the method itself. The pictures of images are copied from
+runs/, where results/run_all.py has left them.
 """
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ import rewards  # noqa: E402
 
 # One color for one thing in all pictures (Okabe and Ito's, which color-blind people can tell apart)
 ODE, SDE, CPS, WRONG = "black", "#0072B2", "#E69F00", "#D55E00"
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 def runs(name):
@@ -28,6 +31,64 @@ def runs(name):
     lines = (RESULTS / "runs.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [row for row in rows if row["run"].startswith(f"{name}/seed")]
+
+
+def finals(name, key):
+    """The last evaluation of all seeds of a setting: a list of numbers"""
+    return [row["final"][key] for row in runs(name)]
+
+
+def spread(values):
+    """The mean, and in brackets the worst and the best"""
+    text = f"{np.mean(values):.3f}"
+    return text if len(values) < 2 else f"{text} ({min(values):.3f} to {max(values):.3f})"
+
+
+def write_table(name, header, rows):
+    """Into README.md and results/README.md, wherever <!-- name --> is"""
+    lines = [header, ["---"] * len(header), *rows]
+    table = "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+    for page in (RESULTS.parent / "README.md", RESULTS / "README.md"):
+        text = page.read_text("utf-8")
+        place = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
+        page.write_text(place.sub(lambda found: found[1] + table + found[2], text), "utf-8")
+
+
+def tables():
+    rows = []
+    for task, command, key, judged, paper in (
+            ("text", "ocr", "eval_accuracy", "words read without a mistake", "0.59 to 0.92"),
+            ("scenes", "geneval", "eval_accuracy", "all as asked", "0.63 to 0.95"),
+            ("preference", "toy_pickscore", "eval_reward", "a small PickScore", "0.835 to 0.897")):
+        name = command.removeprefix("toy_")
+        values = finals(f"{name}/default", key)
+        before, = finals(f"base/{name}", key)
+        rows.append([f"{task}: {judged}", f"`--reward {command}`", f"{before:.3f}", spread(values),
+                     len(values), paper])
+    write_table("results", ["test prompts", "command", "before", "after: mean (worst to best)",
+                            "seeds", "the paper, on SD3.5-Medium"], rows)
+
+    keys = [f"eval_accuracy/{task}" for task in TASKS]
+    before = [f"{finals('base/geneval', key)[0]:.2f}" for key in keys]
+    after = [f"{np.mean(values):.2f} ({min(values):.2f})"
+             for values in (finals("geneval/default", key) for key in keys)]
+    write_table("tasks", ["GenEval", *(task.replace("_", " ") for task in TASKS)],
+                [["before", *before], ["after: mean (worst)", *after]])
+
+    rows = []
+    for setting, steps, noisy in (("T40", 40, 4), ("default", 10, 1), ("T5", 5, 1)):
+        values = finals(f"words/{setting}", "eval_accuracy")
+        rows.append([f"{steps}, of which {noisy} random", spread(values), len(values),
+                     epoch_seconds(f"time/{setting}")])
+    write_table("denoising", ["steps in training", "held-out training words read", "seeds",
+                              "seconds of an epoch"], rows)
+
+
+def epoch_seconds(name):
+    """Of training epochs, without those that also evaluate"""
+    seconds = [value for row in runs(name) for epoch, value in row["curves"]["seconds"]
+               if epoch not in dict(row["curves"]["eval_reward"])]
+    return f"{np.mean(seconds):.1f}" if seconds else ""
 
 
 def save(figure, name):
@@ -50,6 +111,47 @@ def curves():
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
     save(figure, "curves")
+
+
+def hacking():
+    """Preference, trained far too hard with the KL penalty and without it"""
+    figure = Figure(figsize=(8.8, 2.8), dpi=100, layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, 3), (
+            ("eval_reward", "trained: the toy's PickScore"),
+            ("eval_reward/toy_taste", "watched: the taste behind it"),
+            ("eval_reward/diversity", "watched: diversity of a prompt's images"))):
+        for name, color, label in (("hacking/beta0.3", SDE, "beta 0.3"),
+                                   ("hacking/beta0", WRONG, "beta 0")):
+            for number, row in enumerate(runs(name)):
+                epochs, values = zip(*row["curves"][key])
+                axes.plot(epochs, values, ".-", color=color, alpha=0.7,
+                          label=None if number else label)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, frameon=False)
+    save(figure, "hacking")
+
+
+def options():
+    """The accuracy on held-out training words, with one option changed at a time"""
+    rows = [json.loads(line) for line in (RESULTS / "runs.jsonl").read_text("utf-8").splitlines()]
+    names = {row["run"].split("/")[1] for row in rows if row["run"].startswith("words/")}
+    names = sorted(names, key=lambda name: np.mean(finals(f"words/{name}", "eval_accuracy")))
+    figure = Figure(figsize=(8.8, 0.8 + 0.24 * len(names)), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    usual = finals("words/default", "eval_accuracy")
+    axes.axvspan(min(usual), max(usual), color="0.92")
+    for place, name in enumerate(names):
+        values = finals(f"words/{name}", "eval_accuracy")
+        color = ODE if name == "default" else SDE
+        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.5, ms=5)
+        axes.plot(np.mean(values), place, "|", color=color, ms=12, mew=2)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xlabel("share of 60 held-out training words that are read without a mistake, "
+                    "after 6 epochs (a dot is a seed)")
+    axes.grid(axis="x", alpha=0.3)
+    save(figure, "options")
 
 
 # Data with two modes, whose best v is known: weights, means and stds
@@ -191,6 +293,7 @@ def pictures():
 
 if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
-    for draw in (curves, marginals, last_step, where_noise_decides, pictures):
+    for draw in (tables, curves, hacking, options, marginals, last_step, where_noise_decides,
+                 pictures):
         if draw.__name__ in (sys.argv[1:] or draw.__name__):
             draw()

@@ -35,7 +35,9 @@ def text_encoders(width):
 def pipeline(family):
     """The toy, or random weights in the classes of SD3.5-Medium, FLUX.1-dev or SANA
 
-    The weights are so large that time, prompt and mask change the image by many gray levels.
+    The weights are so large that time, prompt and mask change the image by many gray levels. For
+    another family: its VAE has to scale by the pipeline's vae_scale_factor, and an instruction
+    before the prompt has to leave room for it in the 14 tokens of the tests.
     """
     import diffusers
     if family == "toy":
