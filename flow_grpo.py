@@ -108,27 +108,21 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #
 #   - It adds fresh noise of variance std^2. Noise spreads a density like heat, so p changes by
 #     std^2 / 2 * laplacian(p).
-#   - It takes std^2 / (2t) * noise_guess away from x. The gradient of log p, which is called the
-#     score, is -noise_guess / t (equation 27). So this moves x by u = std^2 / 2 * grad(log p).
-#     When every x moves by u, p changes by -div(p * u). Since p * grad(log p) is grad(p), this is
+#   - It moves x by u = -std^2 / (2t) * noise_guess. The gradient of log p, which is called the
+#     score, is -noise_guess / t (equation 27). So u = std^2 / 2 * grad(log p). When every x moves
+#     by u, p changes by -div(p * u). Since p * grad(log p) is grad(p), this is
 #     -std^2 / 2 * laplacian(p).
 #
-# The two changes cancel at every x, whatever sigma is, as long as the step is small (appendix A of
-# the paper has the full proof). All this is exact for a perfect v and small steps.
+# The two changes cancel at every x, whatever sigma is (appendix A of the paper has the full proof).
+# This is exact for a perfect v and small steps. But 10 steps are not small: at a = 0.7 on the time
+# grid of SD3.5, the noise in x is too strong by 4 % after the first step and by 8 % after the
+# second. In late steps the error is far larger, see `choose_window`.
 #
-# But 10 steps are not small, and near t = 1, where sigma grows without limit, even a short step
-# adds much noise. At a = 0.7 on the time grid of SD3.5, the noise in x is too strong by 4 % after
-# the first of 10 steps and by 8 % after the second. On the toy's grid it is 7 and 12 %, with FLUX's
-# 6 steps at a = 0.9 it is 14 and 26 %. In late steps the error is far larger, see `choose_window`.
-#
-# CPS aims at the right amount of noise after steps of any size. With keep^2 + std^2 = s^2, old and
-# fresh noise together have a std of exactly s, if noise_guess is the true noise. But noise_guess is
-# an average, and an average varies less than what it averages. So a CPS step takes a little more
-# variance out of x than it puts back, and x gets too narrow. Smaller steps do not help, because CPS
-# replaces the same share of the noise in each step, however small it is. In the limit of many
-# random steps, a Gaussian mode of the data ends with cos(a * pi/4) times its std, which is 15 % too
-# narrow at a = 0.7. Equation 9 replaces an amount that shrinks with the step, and the ODE replaces
-# nothing, so their errors vanish in small steps.
+# CPS has the right amount of noise after steps of any size, but it makes x slightly too narrow: in
+# the limit of many random steps, a Gaussian mode of the data ends with cos(a * pi/4) times its std,
+# which is 15 % too narrow at a = 0.7. The reason is that noise_guess is an average, and an average
+# varies less than what it averages. So a CPS step takes a little more variance out of x than it
+# puts back. Smaller steps do not help, because each replaces the same share of the noise.
 
 
 class Step(NamedTuple):
@@ -137,14 +131,14 @@ class Step(NamedTuple):
     s: torch.Tensor
     keep: torch.Tensor    # how much of noise_guess stays
     std: torch.Tensor     # how much fresh noise is added
-    kl_std: torch.Tensor  # what kl_penalty divides by
+    kl_std: torch.Tensor  # for kl_penalty: sigma for the flow SDE, std for CPS
 
 
 def make_step(times, i, noise_level, sde="flow"):
     """Step number i of the time grid [T+1] -> Step. i can be a tensor [B], a number per image.
 
     The sigma of the flow SDE is large near t = 1, where nothing about the image is decided and
-    there is a lot to explore. It falls to 0 at t = 0, where fresh noise would stay visible.
+    there is a lot to explore. Towards t = 0, where fresh noise would stay visible, it falls to 0.
     """
     t = times[i].view(-1, 1, 1, 1)
     s = times[i + 1].view(-1, 1, 1, 1)
@@ -152,10 +146,11 @@ def make_step(times, i, noise_level, sde="flow"):
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
         return Step(t, s, keep, std, kl_std=std)
-    # sigma is infinite at t = 1, so there we divide by 1 - s, like the official code. The first std
-    # is then a, whatever the size of the step.
-    below_one = torch.where(t == 1, s, t)
-    sigma = noise_level * torch.sqrt(t / (1 - below_one))
+    # sigma is infinite at t = 1. So in the first step we divide by 1 - s, like the official code.
+    # This makes its std equal to a, whatever the size of the step. By default the toy trains only
+    # this step.
+    t_below_1 = torch.where(t == 1, s, t)
+    sigma = noise_level * torch.sqrt(t / (1 - t_below_1))
     std = sigma * torch.sqrt(t - s)
     keep = s - std**2 / (2 * t)
     return Step(t, s, keep, std, kl_std=sigma)
@@ -210,13 +205,13 @@ def kl_penalty(mean, mean_ref, kl_std):
     expensive to go there.
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
-    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions,
-    and for the flow SDE it divides by sigma^2 instead of std^2 = sigma^2 * (t-s). So this is the KL
-    times (t-s) / D. The published beta of 0.04 is for this form. (With std^2 the authors used
-    0.004.)
+    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code changes this in two ways. It takes the
+    mean over the dimensions, which divides the KL by D. And for the flow SDE it divides by sigma^2
+    instead of std^2 = sigma^2 * (t-s), which multiplies the KL by t-s. The published beta of 0.04
+    is for this form.
 
-    For CPS the code does divide by std^2, which makes it KL / D. So the same beta is not equally
-    strong with CPS and with the flow SDE.
+    For CPS the code does divide by std^2. So the same beta is not equally strong with CPS and with
+    the flow SDE.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_std**2)
     return penalty.flatten(1).mean(1)
@@ -234,7 +229,7 @@ def group_advantages(scores, std_over="epoch"):
     are from the code.
     """
     # In float64 the sum of equal float32 numbers is exact, so equal scores get exactly 0.
-    scores = scores.float().double()
+    scores = scores.double()
     dims = (0, 1) if std_over == "epoch" else 1
     std = scores.std(dims, unbiased=False, keepdim=True)
     better = scores - scores.mean(1, keepdim=True)
@@ -250,8 +245,8 @@ def clipped_loss(ratio, advantages, clip_range):
     The ratio of the new to the old probability says how much more likely a step is now than when it
     was sampled. Ours is the D-th root of this ratio, because log_prob is a mean over D dimensions.
 
-    In the first update of an epoch the ratio is 1, so its gradient is the gradient of log_prob.
-    This is a plain policy gradient. Taking the mean instead of the sum divides it by D.
+    The gradient of a ratio is ratio * grad(log_prob). In the first update of an epoch the ratio is
+    1, so the loss has the gradient -advantage * grad(log_prob): a plain policy gradient.
 
     Later updates use images of an older policy. The true ratio would correct for that, by weighting
     the images (importance sampling). The root is too close to 1 to correct anything. It only
@@ -293,15 +288,16 @@ class Rollout:
 def choose_window(config, rng):
     """Which steps are SDE steps -> range. Only these are trained.
 
-    PAPER/CODE: The paper trains all steps. The code leaves out the last one, and so do we. It ends
-    at s = 0, so its noise would stay in the image: on SD3.5's time grid that is hardly visible
-    (t = 0.009), but with FLUX's 6 steps it is (t = 0.27).
+    They are `window` steps in a row, which begin at a random step from 0 to `latest_start`. If
+    `window` is 0, they are all steps but the last, as in the paper's experiments.
 
-    The step before it is worse: on SD3.5's grid it goes from t = 0.28 to s = 0.009. Its std is
-    0.225, 25 times the noise that belongs at s, and its keep is -0.08. So with all steps but the
-    last (`window` 0), the images of the training stay visibly noisy.
+    PAPER/CODE: The paper speaks of all steps. The code leaves out the last one, and so do we. It
+    ends at s = 0, so its noise would stay in the image. The step before it is bad enough: on
+    SD3.5's time grid it goes from t = 0.28 to s = 0.009, and its std is 0.225, 25 times the noise
+    that belongs there. So with `window` 0 the images of the training stay visibly noisy. They are
+    equally noisy in all of a group, so they can still be compared, if the reward bears the noise.
 
-    A few early steps avoid that, and they are enough, as the authors found later (Flow-GRPO-Fast):
+    A few early steps avoid this, and they are enough, as the authors found later (Flow-GRPO-Fast):
     the early steps decide what the image shows, so this is where randomness makes the rewards of a
     group differ. The update gets cheaper, K steps instead of T-1. The rollout takes T passes still.
     """
@@ -320,9 +316,9 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
 
     If config.batch_size is smaller than B, the images take turns in passes of this size.
 
-    Training uses T = 10, which the paper calls denoising reduction. These images are worse than
-    with 40 steps, but advantages only compare them with each other, and for that they are good
-    enough. What is learned should carry over to 40 steps, which follow the same v (see `evaluate`).
+    Training uses few steps, 10 in the paper, which calls this denoising reduction. These images are
+    worse than with 40 steps, but advantages only compare them with each other, and for that they
+    are good enough. What is learned should carry over to 40 steps, which follow the same v.
     """
     B = len(first_seeds)
     K = len(window)
@@ -330,7 +326,8 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     times = policy.time_grid(T)
     condition = [c.repeat_interleave(group_size, 0) for c in policy.encode(prompts)]
 
-    # An image has generators of its own, so it does not depend on the others in its pass.
+    # An image has generators of its own, so it does not depend on the others in its pass. They are
+    # on the CPU, so that a seed means the same noise on every device.
     first_noise = randn_tensor((B, *policy.latent_shape), generators(first_seeds))
     fresh = generators(fresh_seeds)
 
@@ -371,7 +368,7 @@ def update(policy, config, drawn, advantages):
     a group are all drawn in the same way, so any part of them is as random as any other.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
-    keeps them. We keep them, because they still have a KL penalty.
+    keeps them. We keep them, because they still have a KL penalty, if beta is not 0.
     """
     images = torch.arange(len(advantages)).view(-1, config.group_size)  # [groups, group_size]
     sde_steps = torch.arange(len(drawn.window))
@@ -434,8 +431,8 @@ def losses(policy, config, drawn, advantages, pairs):
 def check_ratio(ratio, clip_range, is_first):
     """Before the first update, the policy is the one that sampled. So every ratio must be 1.
 
-    Rounding moves it a little. We allow half of the clip range, but at least 1e-5, which is about
-    the rounding of float32, and at most 1e-4.
+    Rounding in the network moves it a little, by up to 1e-5 in float32. We allow half of the clip
+    range, but never less than 1e-5 nor more than 1e-4.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -446,7 +443,7 @@ def check_ratio(ratio, clip_range, is_first):
         sys.exit(f"before the first update a ratio is off by {off:.2g}, but it must be 1: sampling "
                  "and training do not compute the same thing (guidance? dropout?). In bf16, "
                  "rounding depends on the size of a batch, so --batch_size must divide the number "
-                 "of images of an update")
+                 "of images that a process uses in an update")
 
 
 # ------------------------------------------------------------------------------------- 4. training
@@ -515,9 +512,8 @@ def evaluate(policy, config, reward, test_set, folder):
     The weights are a moving average, which is less noisy than any single update. The seeds are the
     same in every evaluation, whatever --seed is, so that all runs can be compared.
 
-    Accuracy is the share of images that the reward finds entirely right. For GenEval this is
-    stricter than the benchmark's own accuracy. That one accepts more objects than the prompt asks
-    for, and it averages over its six tasks, not over all images.
+    Accuracy is the share of images that the first reward finds entirely right. For GenEval this is
+    stricter than the benchmark's own accuracy, which accepts more objects than were asked for.
     """
     n = config.eval_per_prompt
     if config.eval_prompts > 0:
@@ -537,8 +533,8 @@ def evaluate(policy, config, reward, test_set, folder):
         right = scores[f"reward/{first_reward}"] == 1
         metrics["eval_accuracy"] = right.mean()
         metrics |= accuracy_by_tag(right, repeat_each(test_set, n))
-    # To look at: the first image of each prompt. The images are those of this process, the prompts
-    # and scores are those of all.
+    # The first image of each prompt is kept. save_images collects them from all processes. The
+    # prompts and scores are those of all processes already.
     save_images(images[::n], test_set, scores["reward"][::n], folder)
     return metrics
 
@@ -558,7 +554,8 @@ def train(config):
     test_set = rewards.load_prompts(config, "test")
     say(f"loading the reward {config.reward} and the model {config.model}")
     reward = rewards.load(config.reward, "--reward")
-    watched = dict(reward)  # a weight of 0 means measured but not trained on: it can show hacking
+    # The evaluations measure all of `watched`. The weight 0 keeps the others out of the sum.
+    watched = dict(reward)
     for name, (function, _) in rewards.load(config.eval_reward, "--eval_reward").items():
         watched.setdefault(name, (function, 0))
     rewards.check(watched, train_set + test_set)
@@ -566,7 +563,7 @@ def train(config):
     warn_about_prompts(policy, config, train_set + test_set)
     folder = claim_folder(config)
     history = policy.restore(read_checkpoint(folder)) if config.resume else []
-    trackers = start_trackers(config, folder)
+    accelerator = start_trackers(config, folder)
     say(f"{folder}: {config.groups} groups of {config.group_size} images in an epoch, on "
         f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
 
@@ -591,10 +588,10 @@ def train(config):
         metrics["seconds"] = time.time() - start
         history.append({key: float(value) for key, value in metrics.items()})
         if WORLD.is_main_process:
-            report(config, folder, history, trackers)
+            report(config, folder, history, accelerator)
             save(policy, config, folder, history)
     say(summary(folder, history))
-    trackers.end_training()
+    accelerator.end_training()
 
 
 # ---------------------------------------------------------------------------------- 5. the network
@@ -715,9 +712,9 @@ class Policy:
         if abs(times[0] - 1) < 1e-6:
             times[0] = 1  # some values of `shift` are rounded to just below it
         if len(times) != T + 1 or times[0] != 1 or times[-1] != 0 or (times.diff() >= 0).any():
-            raise ValueError(
-                f"the times of its {type(scheduler).__name__} do not fall from 1 to 0 in {T} steps;"
-                " it needs a FlowMatchEulerDiscreteScheduler")
+            sys.exit(f"--model {self.config.model}: the times of its {type(scheduler).__name__} do "
+                     f"not fall from 1 to 0 in {T} steps. It needs a "
+                     "FlowMatchEulerDiscreteScheduler")
         return times
 
     @torch.no_grad()
@@ -824,7 +821,7 @@ class FluxPolicy(Policy):
             guidance = t.new_full([B], self.config.guidance)
         v = self.network(
             hidden_states=packed.flatten(2).mT,  # [B, tokens, 4C]
-            timestep=t,
+            timestep=t,  # FLUX multiplies it by 1000 itself
             guidance=guidance,
             encoder_hidden_states=embeds,
             pooled_projections=pooled,
@@ -892,19 +889,22 @@ def load_policy(config):
     """The pipeline of --model -> the Policy of its family"""
     source = rewards.TOY if config.model == "toy" else config.model
     network_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    dtype = {"vae": torch.float32, "default": network_dtype}  # a bf16 VAE would show
+    # In bf16 the VAE's rounding would be visible in the images.
+    dtype = {"vae": torch.float32, "default": network_dtype}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype)
-        policy = POLICIES[type(pipe).__name__](pipe, config)
-        for T in (config.train_steps, config.eval_steps):
-            policy.time_grid(T)
-    except torch.OutOfMemoryError:
-        raise
+        policy_class = POLICIES[type(pipe).__name__]
+        for name, weights in pipe.transformer.named_parameters():
+            if weights.is_meta:  # that is how diffusers leaves weights that no file has
+                raise ValueError(f"its files have no {name}")
     except Exception as error:  # diffusers raises almost anything for a wrong or damaged folder
         reason = " ".join(str(error).split())[:300]
         sys.exit(f"--model {config.model} cannot be loaded. It must be the folder or hub name of a "
                  f"{', '.join(POLICIES)}. From the hub, a gated model needs its license accepted "
                  f"there and `hf auth login`. {type(error).__name__}: {reason}")
+    policy = policy_class(pipe, config)
+    for T in (config.train_steps, config.eval_steps):
+        policy.time_grid(T)  # stops now if the scheduler cannot be used
     unit = 2 * pipe.vae_scale_factor  # a token of SD3 and FLUX has 2 x 2 latents
     largest = unit * policy.network.config.get("pos_embed_max_size", 1000)
     if config.resolution % unit or config.resolution > largest:
@@ -935,7 +935,9 @@ class Config:
     preset: str = ""  # one of PRESETS. If empty, the one with the name of the reward, if any
     reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
     eval_reward: str = ""  # rewards that are only measured, to see whether the other is hacked
-    model: str = "toy"  # folder or hub name of an SD3, FLUX or SANA pipeline
+    # Folder or hub name of an SD3, FLUX or SANA pipeline. Give a preset with it, as all the other
+    # defaults are the toy's
+    model: str = "toy"
     cpu: bool = False  # run the preset of a large model although there is no GPU
     # Folder with train.txt and test.txt, a prompt on each line, or train_metadata.jsonl and
     # test_metadata.jsonl. If empty, the toy's words or scenes
@@ -979,9 +981,8 @@ class Config:
     lora_rank: int = 32  # alpha is twice the rank
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0 is off
     ema_every: int = 1  # updates between averagings
-    # Images in one pass of the network. It changes memory and speed only. But bf16 rounds
-    # differently in batches of different size, so there it must divide a process's images of an
-    # update, or the ratio changes
+    # Images in one pass of the network, a matter of memory and speed. In bf16 it must divide the
+    # images that a process uses in an update, because rounding depends on the size of a batch
     batch_size: int = 64
     eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
     eval_per_prompt: int = 2  # images of each of them
@@ -1001,8 +1002,7 @@ PAPER = dict(
     ema_decay=0.81, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
 
 # For one GPU of 24 GB. The values are those of the script in pull requests 159 and 178 of verl-omni
-# (github.com/verl-project/verl-omni), whose learning rate is 1e-4 although the text there says
-# 3e-4. adam_eps is from pull request 407 of UniRL.
+# (github.com/verl-project/verl-omni), but adam_eps is from pull request 407 of UniRL.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
@@ -1033,7 +1033,8 @@ PRESETS = {
 
 
 def parse_config(argv=None):
-    """The options: from the command line, else the run to resume or the preset, else Config
+    """An option of the command line wins. Otherwise its value is that of the run to resume or of
+    the preset, and otherwise that of Config.
 
     tyro must know the defaults before it parses. So it parses twice: first with those of Config, to
     see which preset or run is asked for, then with the values of these as the defaults.
@@ -1148,7 +1149,9 @@ def new_folder(names):
     """
     name = "-".join(re.sub(r"[^\w.]+", "-", name).strip("-.") for name in names)
     for number in itertools.count(1):
-        folder = Path("runs", name if number == 1 else f"{name}-{number}")
+        folder = Path("runs", name)
+        if number > 1:
+            folder = Path("runs", f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
             return folder
@@ -1192,7 +1195,7 @@ def start_trackers(config, folder):
     return accelerator
 
 
-def report(config, folder, history, trackers):
+def report(config, folder, history, accelerator):
     """Print the main metrics of an epoch, write all of them, and draw the pictures"""
     row = history[-1]
     epoch = len(history) - 1
@@ -1205,21 +1208,21 @@ def report(config, folder, history, trackers):
     say(f"epoch {epoch}/{config.epochs}: {', '.join(numbers)}")
     lines = [json.dumps(row) + "\n" for row in history]
     (folder / "metrics.jsonl").write_text("".join(lines))
-    trackers.log(row, step=epoch)
+    accelerator.log(row, step=epoch)
     if "eval_reward" in row:
         try:
             draw_curve(folder, history)
             draw_before_after(folder)
             draw_film(folder)
-            log_picture(trackers, folder / "before_after.png", epoch)
+            log_picture(accelerator, folder / "before_after.png", epoch)
         except Exception as error:  # whatever happened to the files: no picture may stop a run
             say(f"warning: no pictures this time: {error!r}")
 
 
-def log_picture(trackers, path, epoch):
+def log_picture(accelerator, path, epoch):
     """A picture for the trackers that show pictures"""
     picture = Image.open(path).convert("RGB")
-    for tracker in trackers.trackers:
+    for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             pixels = np.asarray(picture)[None]
             tracker.log_images({path.stem: pixels}, epoch, dataformats="NHWC")

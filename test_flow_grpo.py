@@ -137,7 +137,7 @@ def test_advantages_are_the_official_numbers(std_over):
     assert flow_grpo.group_advantages(torch.tensor([[0.0] * 99 + [1e9]]), std_over).max() == 5
     assert flow_grpo.group_advantages(torch.tensor([[0.0] * 99 + [-1e9]]), std_over).min() == -5
     for value in (0.1, 1 / 3, 0.7, 1e6):  # equal rewards give exactly 0
-        scores = torch.full((2, 7), value, dtype=torch.float64)
+        scores = torch.full((2, 7), value)
         scores[1, 0] = 0
         equal, different = flow_grpo.group_advantages(scores, std_over)
         assert (equal == 0).all() and (different != 0).all()

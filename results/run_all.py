@@ -34,7 +34,7 @@ ALL = "--eval_prompts 0"
 WORDS = f"{TEXT} --dataset dev/ocr"
 NOISY = f"{WORDS} --window 0 --epochs 20"  # all steps random but the last
 FEW = f"{WORDS} --epochs 3 --eval_prompts 2"  # only to see how long an epoch takes
-TOO_HARD = f"{TASTE} --learning_rate 3e-3 --no-lr_decay --epochs 48 --eval_every 24 {ALL}"
+TOO_HARD = f"{TASTE} --learning_rate 3e-3 --no-lr_decay --epochs 48 --eval_every 24"
 
 RUNS = [  # name, options, seeds
     ("base/ocr", f"{TEXT} {ALL} --epochs 0", [0]),
