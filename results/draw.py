@@ -119,7 +119,7 @@ def hacking():
     for axes, (key, title) in zip(figure.subplots(1, 3), (
             ("eval_reward", "trained: the toy's PickScore"),
             ("eval_reward/toy_taste", "watched: the taste behind it"),
-            ("eval_reward/diversity", "watched: diversity of a prompt's images"))):
+            ("eval_reward/diversity", "watched: diversity"))):
         for name, color, label in (("hacking/beta0.3", SDE, "beta 0.3"),
                                    ("hacking/beta0", WRONG, "beta 0")):
             for number, row in enumerate(runs(name)):
@@ -148,6 +148,7 @@ def options():
         axes.plot(values, [place] * len(values), "o", color=color, alpha=0.5, ms=5)
         axes.plot(np.mean(values), place, "|", color=color, ms=12, mew=2)
     axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xlabel("share of 60 held-out training words that are read without a mistake, "
                     "after 6 epochs (a dot is a seed)")
     axes.grid(axis="x", alpha=0.3)
