@@ -1277,6 +1277,9 @@ def test_groups_and_prompts_must_fit_the_processes(desk, monkeypatch):
     flow_grpo.check_config(small())
     assert "groups 3" in exits(flow_grpo.check_config, small(groups=3))
     assert "eval_prompts 1" in exits(flow_grpo.check_config, small(eval_prompts=1))
+    monkeypatch.setattr(rewards, "PartialState", lambda: Mock(num_processes=2))
+    Path("train.txt").write_text("one\n")
+    assert "a prompt for each process" in exits(prompts_of, ".")
 
 
 def test_no_rights_to_write_are_noticed_before_anything_is_loaded(desk, monkeypatch):
