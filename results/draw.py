@@ -108,6 +108,7 @@ def curves():
             epochs, values = zip(*row["curves"][key])
             axes.plot(epochs, values, ".-", color=SDE, alpha=0.6)
         axes.set_title(title, fontsize=9)
+        axes.set_ylabel("mean of the test images", fontsize=8)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
     save(figure, "curves")
@@ -209,7 +210,7 @@ def marginals():
     """Is x distributed as it should be? At t = 0.5 and in the end, with 40 steps and with 10"""
     figure = Figure(figsize=(8.8, 4.6), dpi=100, layout="constrained")
     plots = figure.subplots(2, 2, sharex=True)
-    grid = torch.linspace(-3, 3, 300)
+    grid = torch.linspace(-3, 5.4, 420)
     for row, T in zip(plots, (40, 10)):
         for axes, t in zip(row, (0.5, 0.0)):
             axes.fill_between(grid, density(grid, t).sum(1), color="0.85", label="exact")
@@ -217,16 +218,18 @@ def marginals():
             axes.set_yticks([])
         for label, color, kind in (("ODE", ODE, ("flow", 0.0)), ("equation 9", SDE, ("flow", 0.7)),
                                    ("CPS", CPS, ("cps", 0.7)),
-                                   ("noise alone", WRONG, ("flow", 0.7, False))):
+                                   ("uncorrected", WRONG, ("flow", 0.7, False))):
             times, path = sample(T, *kind)
             for axes, x in zip(row, (path[T // 2], path[T])):
-                counts, edges = np.histogram(x, 120, (-3, 3), density=True)
+                counts, edges = np.histogram(x, 168, (-3, 5.4), density=True)
                 if x is path[T]:
                     label = f"{label}: width {width(x):.2f}"
                 axes.plot((edges[1:] + edges[:-1]) / 2, counts, color=color, lw=1.2, label=label)
         row[1].legend(fontsize=8, frameon=False, loc="upper right")
     for axes in plots[1]:
-        axes.set(xlabel="x", xlim=(-3, 4.6))
+        axes.set(xlabel="x", xlim=(-3, 5.4))
+    for axes in plots[:, 0]:
+        axes.set_ylabel("density")
     save(figure, "marginals")
 
 
@@ -236,8 +239,9 @@ def last_step():
     figure = Figure(figsize=(8.8, 3), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.plot(times[:-1], times[:-1], "o-", color=ODE, label="as it should be, and with the ODE")
-    for label, style, window in (("all steps but the last are SDE steps", "s-", range(9)),
-                                 ("only the first 3", "^--", range(3))):
+    for label, color, style, window in (
+            ("only the first 3 are SDE steps", "0.6", "^--", range(3)),
+            ("all steps but the last are SDE steps", SDE, "s-", range(9))):
         noise = [1.0]  # the std of the noise in x, if noise_guess is the true noise
         for i in range(10):
             step = flow_grpo.make_step(times, i, 0.7)
@@ -245,11 +249,11 @@ def last_step():
             noise.append(math.hypot(keep * noise[-1] / times[i], std))
             noise[-1] = float(noise[-1])
         # Not the last step: at t = 0.009 a network expects little noise, and removes little.
-        axes.plot(times[:-1], noise[:-1], style, color=SDE, label=label)
+        axes.plot(times[:-1], noise[:-1], style, color=color, label=label)
     axes.set(xlabel="time t on SD3.5's grid of 10 steps", ylabel="std of the noise in x",
              xlim=(1.02, -0.02))
-    axes.annotate("0.24, where 0.009 belongs", (0.009, 0.24), (0.3, 0.05), fontsize=9,
-                  arrowprops=dict(arrowstyle="->"))
+    axes.annotate(f"{noise[-2]:.2f}, where 0.009 belongs", (0.009, noise[-2]), (0.16, 0.42),
+                  fontsize=9, arrowprops=dict(arrowstyle="->"))
     axes.legend(fontsize=8, frameon=False)
     save(figure, "last_step")
 
@@ -276,14 +280,16 @@ def where_noise_decides(prompts=8, size=16):
             stds.append(scores["reward"].reshape(prompts, size).std(1))
         axes.plot(range(9), stds, color=SDE, alpha=0.25)
         axes.plot(range(9), np.mean(stds, 1), "o-", color=SDE)
-        axes.set(title=f"{title}: a thin line is a prompt", xlabel="number of the random step",
+        axes.set(title=f"{title}: a thin line is one of {prompts} prompts, the thick one their mean",
+                 xlabel="which of the 10 steps is random (0 is the first)",
                  ylabel="std of the reward")
+        axes.title.set_fontsize(8)
     save(figure, "where_noise_decides")
 
 
 def pictures():
-    """Of the first seed of each task, and the film of the README"""
-    for task, seed in (("ocr", 7001), ("geneval", 7101), ("pickscore", 7201)):
+    """Of the first seed of text and of scenes, and the film of the README"""
+    for task, seed in (("ocr", 7001), ("geneval", 7101)):
         run = RESULTS.parent / f"runs/{task}-default-seed{seed}/before_after.png"
         if run.exists():
             Image.open(run).convert("RGB").save(FIGURES / f"before_after_{task}.png")
