@@ -33,7 +33,7 @@ ALL = "--eval_prompts 0"
 # Options are compared on 60 training words that are held out, so that no test word decides one.
 WORDS = f"{TEXT} --dataset dev/ocr"
 NOISY = f"{WORDS} --window 0 --epochs 20"  # all steps random but the last
-FEW = f"{WORDS} --epochs 3 --eval_prompts 2"  # only to see how long an epoch takes
+FEW = f"{WORDS} --epochs 2 --eval_prompts 2"  # only to see how long an epoch takes
 TOO_HARD = f"{TASTE} --learning_rate 3e-3 --no-lr_decay --epochs 48 --eval_every 24"
 
 RUNS = [  # name, options, seeds
