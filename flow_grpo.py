@@ -23,7 +23,7 @@ Notation
   a       how random the sampler is, the option noise_level
   sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise at time t
   T, K    the number of denoising steps, and how many of them are random (SDE steps)
-  i       the number of a denoising step, from 0 to T-1
+  i, k    the number of a denoising step, from 0 to T-1, and of an SDE step, from 0 to K-1
   B       the number of images in a tensor. Shapes are written in brackets: [B, C, H, W].
 
 PAPER/CODE marks where the paper and the official code (github.com/yifan123/flow_grpo) disagree. We
@@ -35,6 +35,7 @@ pixels (toy/).
 
   python flow_grpo.py --reward ocr                        # teach the toy to write: a minute
   python flow_grpo.py --reward my_rewards.py:dark         # your own reward, see `redness`
+  python flow_grpo.py --resume runs/ocr                   # go on after a stop
   python flow_grpo.py --preset sd3.5-medium-fast --dataset FOLDER            # on one GPU
   accelerate launch flow_grpo.py --preset sd3.5-medium --dataset FOLDER      # on all GPUs
 """
@@ -122,7 +123,7 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 # the limit of many random steps, a Gaussian mode of the data ends with cos(a * pi/4) times its std,
 # which is 15 % too narrow at a = 0.7. The reason is that noise_guess is an average, and an average
 # varies less than what it averages. So a CPS step takes a little more variance out of x than it
-# puts back. Smaller steps do not help, because each replaces the same share of the noise.
+# puts back. More and smaller steps do not help: each of them replaces the same share of the noise.
 
 
 class Step(NamedTuple):
@@ -206,9 +207,9 @@ def kl_penalty(mean, mean_ref, kl_std):
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code changes this in two ways. It takes the
-    mean over the dimensions, which divides the KL by D. And for the flow SDE it divides by sigma^2
-    instead of std^2 = sigma^2 * (t-s), which multiplies the KL by t-s. The published beta of 0.04
-    is for this form.
+    mean over the dimensions, as it does for log_prob, so both terms of the loss are divided by D.
+    And for the flow SDE it divides by sigma^2 instead of std^2 = sigma^2 * (t-s), which multiplies
+    the KL by t-s. The published beta of 0.04 is for this form.
 
     For CPS the code does divide by std^2. So the same beta is not equally strong with CPS and with
     the flow SDE.
@@ -253,9 +254,9 @@ def clipped_loss(ratio, advantages, clip_range):
     measures how far the policy has moved, and this is what clipping needs.
 
     Images of an older policy say little about a policy that is far from it, so clipping keeps the
-    new one near. If the advantage is positive and the ratio is above the range already, or if it is
-    negative and the ratio is below, min picks the clipped term, whose gradient is 0. In the other
-    direction nothing is clipped, so that a wrong move can be undone.
+    new one near. Once a positive advantage has pushed the ratio above the range, or a negative one
+    below it, min picks the clipped term, whose gradient is 0. In the other direction nothing is
+    clipped, so that a wrong move can be undone.
 
     The root is also why clip ranges are so small. D is 65,536 for SD3.5 at 512 pixels, so 1.0001
     here, the end of the published clip range, is a true ratio of 1.0001^65536, about 700. The toy
@@ -271,7 +272,7 @@ def clipped_loss(ratio, advantages, clip_range):
 # the steps earned it. So every step of an image gets the advantage of the image. What the other
 # steps did is random and averages out.
 #
-# `policy` is the network with what it takes to use it, the class Policy of chapter 5.
+# `policy` is the network with its text encoders and its VAE, the class Policy of chapter 5.
 # policy.velocity(x, t, condition) is v, where the condition is the encoded prompt.
 
 
@@ -292,7 +293,7 @@ def choose_window(config, rng):
     `window` is 0, they are all steps but the last, as in the paper's experiments.
 
     PAPER/CODE: The paper speaks of all steps. The code leaves out the last one, and so do we. It
-    ends at s = 0, so its noise would stay in the image. The step before it is bad enough: on
+    ends at s = 0, so its noise would stay in the image. The step before it is much worse: on
     SD3.5's time grid it goes from t = 0.28 to s = 0.009, and its std is 0.225, 25 times the noise
     that belongs there. So with `window` 0 the images of the training stay visibly noisy. They are
     equally noisy in all of a group, so they can still be compared, if the reward bears the noise.
@@ -311,8 +312,8 @@ def choose_window(config, rng):
 def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     """Sample len(first_seeds) / len(prompts) images of each prompt in T steps -> Rollout
 
-    first_seeds [B] are for the first noise of each image, fresh_seeds [B] for that of its SDE
-    steps. The steps outside of the window follow the ODE: an empty window samples with the ODE.
+    first_seeds [B] seed the first noise of each image, fresh_seeds [B] the noise of its SDE steps.
+    The steps outside of the window follow the ODE: an empty window samples with the ODE.
 
     If config.batch_size is smaller than B, the images take turns in passes of this size.
 
@@ -326,8 +327,8 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     times = policy.time_grid(T)
     condition = [c.repeat_interleave(group_size, 0) for c in policy.encode(prompts)]
 
-    # An image has generators of its own, so it does not depend on the others in its pass. They are
-    # on the CPU, so that a seed means the same noise on every device.
+    # An image has generators of its own, so its noise does not depend on the others in its pass.
+    # They are on the CPU, so that a seed means the same noise on every device.
     first_noise = randn_tensor((B, *policy.latent_shape), generators(first_seeds))
     fresh = generators(fresh_seeds)
 
@@ -396,7 +397,7 @@ def update(policy, config, drawn, advantages):
     too_high = moved > config.clip_range
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
-        "ratio_deviation": moved.abs().max(),
+        "ratio_deviation": moved.abs().max(),  # the largest distance of a ratio from 1
         "clip_low": too_low.float().mean(),
         "clip_high": too_high.float().mean(),
         "grad_norm": np.mean(norms),
@@ -513,7 +514,7 @@ def evaluate(policy, config, reward, test_set, folder):
     same in every evaluation, whatever --seed is, so that all runs can be compared.
 
     Accuracy is the share of images that the first reward finds entirely right. For GenEval this is
-    stricter than the benchmark's own accuracy, which accepts more objects than were asked for.
+    stricter than the benchmark's own, which accepts extra objects in all tasks but counting.
     """
     n = config.eval_per_prompt
     if config.eval_prompts > 0:
@@ -613,7 +614,7 @@ class Policy:
       decode        if its VAE scales the latents in another way
 
     Your class is right if a rollout with an empty window gives the image of the family's own
-    pipeline, as the tests over FAMILIES check.
+    pipeline. The tests check this for all that are in their list FAMILIES.
     """
 
     lora_layers = [  # as in the official code: the attention of image tokens and of text tokens
