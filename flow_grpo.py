@@ -1281,7 +1281,7 @@ def draw_before_after(folder):
         gap = Image.new("RGB", (before.width // 24, before.height), "white")
         plot.imshow(np.hstack([before, gap, after]))
         plot.set_title(title, fontsize=8, parse_math=False)
-    figure.savefig(folder / "before_after.png")
+    figure.savefig(folder / "before_after.png", bbox_inches="tight")  # no line of a caption is lost
 
 
 def draw_film(folder, frames=12, size=160):

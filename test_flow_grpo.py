@@ -1399,7 +1399,8 @@ def test_the_pictures_show_what_was_evaluated(tmp_path, monkeypatch):
         flow_grpo.save_images(gray(level, level // 2), [{"prompt": "short"}, {"prompt": long}],
                               [0.25, epoch / 2], tmp_path / f"samples/{epoch:04d}")
     figures = []
-    monkeypatch.setattr(flow_grpo.Figure, "savefig", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(flow_grpo.Figure, "savefig",
+                        lambda figure, path, **options: figures.append(figure))
     flow_grpo.draw_before_after(tmp_path)
     plots = [plot for plot in figures[0].axes if plot.get_images()]
     for plot, before, after, title in zip(
