@@ -1494,13 +1494,13 @@ def test_a_run_killed_anywhere_resumes_as_if_it_had_not_been(
     """To the same weights, optimizer and metrics, bit for bit"""
     function, calls = getattr(owner, name), []
 
-    def dies_at_call_n(*args):
+    def dies_at_call_n(*args, **options):
         calls.append(args)
         if len(calls) == n:
             if name == "save":  # half a file
                 Path(args[1]).write_bytes(b"half a checkpoint")
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
+        return function(*args, **options)
 
     def mortal():
         setattr(owner, name, dies_at_call_n)
