@@ -33,7 +33,7 @@ Chapters 1 to 4 are the method. Chapter 5 drives the diffusers models, 6 has the
 files and pictures. The default model is a toy, an SD3 pipeline of 5 MB that makes images of 48 x 48
 pixels (toy/).
 
-  python flow_grpo.py --reward ocr                        # teach the toy to write: a minute
+  python flow_grpo.py --reward ocr                        # teach the toy to write: 2 minutes
   python flow_grpo.py --reward my_rewards.py:dark         # your own reward, see `redness`
   python flow_grpo.py --resume runs/ocr                   # go on after a stop
   python flow_grpo.py --preset sd3.5-medium-fast --dataset FOLDER            # on one GPU

@@ -136,28 +136,6 @@ def hacking():
     save(figure, "hacking")
 
 
-def options():
-    """The accuracy on held-out training words, with one option changed at a time"""
-    rows = [json.loads(line) for line in (RESULTS / "runs.jsonl").read_text("utf-8").splitlines()]
-    names = {row["run"].split("/")[1] for row in rows if row["run"].startswith("words/")}
-    names = sorted(names, key=lambda name: np.mean(finals(f"words/{name}", "eval_accuracy")))
-    figure = Figure(figsize=(8.8, 0.8 + 0.24 * len(names)), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    usual = finals("words/default", "eval_accuracy")
-    axes.axvspan(min(usual), max(usual), color="0.92")
-    for place, name in enumerate(names):
-        values = finals(f"words/{name}", "eval_accuracy")
-        color = ODE if name == "default" else SDE
-        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.5, ms=5)
-        axes.plot(np.mean(values), place, "|", color=color, ms=12, mew=2)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_xlabel("share of 60 held-out training words that are read without a mistake, "
-                    "after 6 epochs (a dot is a seed)")
-    axes.grid(axis="x", alpha=0.3)
-    save(figure, "options")
-
-
 # Data with two modes, whose best v is known: weights, means and stds
 WEIGHTS = torch.tensor([0.4, 0.6])
 MEANS = torch.tensor([-1.5, 1.0])
@@ -302,7 +280,6 @@ def pictures():
 
 if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
-    for draw in (tables, curves, hacking, options, marginals, last_step, where_noise_decides,
-                 pictures):
+    for draw in (tables, curves, hacking, marginals, last_step, where_noise_decides, pictures):
         if draw.__name__ in (sys.argv[1:] or draw.__name__):
             draw()
