@@ -178,16 +178,15 @@ def sde_step(x, v, step, fresh_noise=None, x_next=None):
     log_prob are computed by the same lines.
 
     What does the gradient of log_prob do? x_next is the mean plus the fresh noise that this image
-    happened to get. Raising log_prob moves the mean towards the x_next that was drawn, lowering it
-    moves the mean away. If the image turned out well, the model learns to do by itself what helped
-    by chance.
+    happened to get. Raising log_prob moves the mean towards this x_next, lowering it moves the mean
+    away. If the image turned out well, the model learns to do by itself what helped by chance.
 
     PAPER/CODE: log p(x_next) is a sum over all D = C * H * W dimensions. The code takes the mean
     over them instead, and so do we. `clipped_loss` says what this means for the ratio.
 
-    PAPER/CODE: For CPS the code uses -(x_next - mean)^2 as the log-density, without the factor
-    1 / (2 * std^2). We keep the factor. It is very large in late steps, where std is small, so
-    these would dominate the gradient. Use an early window with CPS.
+    PAPER/CODE: For CPS the code uses -(x_next - mean)^2 as the log-density. We keep the Gaussian's
+    factor 1 / (2 * std^2). It is very large in late steps, where std is small, so these steps would
+    dominate the gradient. Use an early window with CPS.
     """
     mean = sde_mean(x, v, step)
     if x_next is None:
@@ -206,13 +205,11 @@ def kl_penalty(mean, mean_ref, kl_std):
     expensive to go there.
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
-    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code changes this in two ways. It takes the
-    mean over the dimensions, as it does for log_prob, so both terms of the loss are divided by D.
-    And for the flow SDE it divides by sigma^2 instead of std^2 = sigma^2 * (t-s), which multiplies
-    the KL by t-s. The published beta of 0.04 is for this form.
-
-    For CPS the code does divide by std^2. So the same beta is not equally strong with CPS and with
-    the flow SDE.
+    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions, as
+    it does for log_prob, so both terms of the loss are divided by D. And for the flow SDE it
+    divides by sigma^2 instead of std^2 = sigma^2 * (t-s), which multiplies the KL by t-s. The
+    published beta of 0.04 is for this form. For CPS the code does divide by std^2, so there the
+    same beta is stronger.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_std**2)
     return penalty.flatten(1).mean(1)
@@ -243,24 +240,22 @@ def clipped_loss(ratio, advantages, clip_range):
 
         the mean of  min(ratio * advantage, clip(ratio) * advantage) - beta * KL
 
-    The ratio of the new to the old probability says how much more likely a step is now than when it
-    was sampled. Ours is the D-th root of this ratio, because log_prob is a mean over D dimensions.
+    The ratio says how much more likely a step is now than when it was sampled. Ours is the D-th
+    root of the true ratio, because log_prob is a mean over D dimensions.
 
-    The gradient of a ratio is ratio * grad(log_prob). In the first update of an epoch the ratio is
-    1, so the loss has the gradient -advantage * grad(log_prob): a plain policy gradient.
+    In the first update of an epoch the ratio is 1, so the loss has the gradient
+    -advantage * grad(log_prob): a plain policy gradient.
 
-    Later updates use images of an older policy. The true ratio would correct for that, by weighting
-    the images (importance sampling). The root is too close to 1 to correct anything. It only
-    measures how far the policy has moved, and this is what clipping needs.
+    Later updates use images of an older policy, which say little about a policy that is far from
+    it. So clipping keeps the new one near. Once a positive advantage has pushed the ratio above the
+    range, or a negative one below it, min picks the clipped term, whose gradient is 0. In the other
+    direction nothing is clipped, so that a wrong move can be undone.
 
-    Images of an older policy say little about a policy that is far from it, so clipping keeps the
-    new one near. Once a positive advantage has pushed the ratio above the range, or a negative one
-    below it, min picks the clipped term, whose gradient is 0. In the other direction nothing is
-    clipped, so that a wrong move can be undone.
-
-    The root is also why clip ranges are so small. D is 65,536 for SD3.5 at 512 pixels, so 1.0001
-    here, the end of the published clip range, is a true ratio of 1.0001^65536, about 700. The toy
-    has a D of 1,152.
+    The true ratio would also correct for the age of the images, by weighting them (importance
+    sampling). The root is too close to 1 to correct anything. It only measures how far the policy
+    has moved, which is all that clipping needs. It is also why clip ranges are so small: D is
+    65,536 for SD3.5 at 512 pixels, so 1.0001 here, the end of the published clip range, is a true
+    ratio of 1.0001^65536, about 700. The toy has a D of 1,152.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -295,12 +290,12 @@ def choose_window(config, rng):
     PAPER/CODE: The paper speaks of all steps. The code leaves out the last one, and so do we. It
     ends at s = 0, so its noise would stay in the image. The step before it is much worse: on
     SD3.5's time grid it goes from t = 0.28 to s = 0.009, and its std is 0.225, 25 times the noise
-    that belongs there. So with `window` 0 the images of the training stay visibly noisy. They are
-    equally noisy in all of a group, so they can still be compared, if the reward bears the noise.
+    that belongs there. So with `window` 0 the training images stay visibly noisy. All images of a
+    group are equally noisy, so a reward that bears the noise can still compare them.
 
     A few early steps avoid this, and they are enough, as the authors found later (Flow-GRPO-Fast):
-    the early steps decide what the image shows, so this is where randomness makes the rewards of a
-    group differ. The update gets cheaper, K steps instead of T-1. The rollout takes T passes still.
+    they decide what the image shows, so their noise is what makes the rewards of a group differ.
+    The update gets cheaper, K steps instead of T-1. The rollout takes T passes still.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -506,9 +501,9 @@ def evaluate(policy, config, reward, test_set, folder):
 
     We train a random sampler and use it without randomness. Why does that work? The SDE and the ODE
     follow the same v, so what moves the mean of an SDE step moves the ODE the same way. And as long
-    as the SDE steps keep the distribution of x, v was trained where the ODE uses it. With a short
-    window, v is trained at a few times only. The LoRA is shared by all times, so the others change
-    as well, but nothing guarantees that this helps. The evaluation shows whether it does.
+    as the SDE steps keep the distribution of x, v was trained where the ODE uses it. A short window
+    trains v at a few times only. The other times share its LoRA and change as well, but nothing
+    guarantees that this helps. The evaluation shows whether it does.
 
     The weights are a moving average, which is less noisy than any single update. The seeds are the
     same in every evaluation, whatever --seed is, so that all runs can be compared.
