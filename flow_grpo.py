@@ -1,10 +1,10 @@
 """Flow-GRPO in one file: reinforcement learning for flow-matching image models (arXiv 2505.05470).
 
 A flow-matching model such as Stable Diffusion 3.5 turns noise into an image by solving an ordinary
-differential equation (ODE). Once the first noise is drawn, nothing random happens any more. That is
-a problem for reinforcement learning, which works by making good random choices more likely: here
-there are none. So Flow-GRPO makes the sampler random, learns from the differences that this causes,
-and takes the randomness away again at the end:
+differential equation (ODE). Only the first noise is random, and the model does not choose it. That
+is a problem for reinforcement learning, which works by making a model's good random choices more
+likely: here it makes none. So Flow-GRPO makes the sampler random, learns from the differences that
+this causes, and takes the randomness away again at the end:
 
   sde_step          One denoising step, made random: it drops some of the old noise and adds
                     fresh noise instead. The distribution of the images stays the same if the steps
@@ -103,27 +103,28 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9 of the paper
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# Why does equation 9 give x the same distribution at every time as the ODE? Let p be the density of
-# x at time t. An SDE step first does what the ODE does, which carries p to time s. Then it does two
-# more things:
+# Why does equation 9 give x the same density p at every time as the ODE? An SDE step does what the
+# ODE's step does, which carries p from time t to time s. And it does two more things:
 #
 #   - It adds fresh noise of variance std^2. Noise spreads a density like heat, so p changes by
 #     std^2 / 2 * laplacian(p).
-#   - It moves x by u = -std^2 / (2t) * noise_guess. The gradient of log p, which is called the
-#     score, is -noise_guess / t (equation 27). So u = std^2 / 2 * grad(log p). When every x moves
-#     by u, p changes by -div(p * u). Since p * grad(log p) is grad(p), this is
-#     -std^2 / 2 * laplacian(p).
+#   - It keeps less of the estimated noise, so x moves by u = (keep - s) * noise_guess, which is
+#     -std^2 / (2t) * noise_guess. The gradient of log p, which is called the score, is
+#     -noise_guess / t (equation 27). So u = std^2 / 2 * grad(log p). When every x moves by u, p
+#     changes by -div(p * u). Since p * grad(log p) is grad(p), this is -std^2 / 2 * laplacian(p).
 #
 # The two changes cancel at every x, whatever sigma is (appendix A of the paper has the full proof).
-# This is exact for a perfect v and small steps. But 10 steps are not small: at a = 0.7 on the time
-# grid of SD3.5, the noise in x is too strong by 4 % after the first step and by 8 % after the
-# second. In late steps the error is far larger, see `choose_window`.
+# This is exact for a perfect v and small steps. But 10 steps are not small. On SD3.5's time grid
+# the first one goes from t = 1 to s = 0.96, so for a = 0.7 it has std = 0.7 and
+# keep = 0.96 - 0.7^2 / 2 = 0.715. Together the old and the fresh noise have a std of
+# sqrt(0.715^2 + 0.7^2) = 1.001, which is 4 % above 0.96. After the second step it is 8 %. In late
+# steps the error is far larger, see `choose_window`.
 #
-# CPS has the right amount of noise after steps of any size, but it makes x slightly too narrow: in
-# the limit of many random steps, a Gaussian mode of the data ends with cos(a * pi/4) times its std,
-# which is 15 % too narrow at a = 0.7. The reason is that noise_guess is an average, and an average
-# varies less than what it averages. So a CPS step takes a little more variance out of x than it
-# puts back. More and smaller steps do not help: each of them replaces the same share of the noise.
+# CPS has keep^2 + std^2 = s^2, so its noise is right after steps of any size. But the images become
+# too much alike. noise_guess is an average, and an average varies less than what it averages. So a
+# CPS step takes a little more variance out of x than it puts back. After many random steps, a
+# Gaussian mode of the data has only cos(a * pi/4) times its std, which is 15 % too little for
+# a = 0.7. Smaller steps do not help, as each of them replaces the same share of the noise.
 
 
 class Step(NamedTuple):
@@ -132,7 +133,7 @@ class Step(NamedTuple):
     s: torch.Tensor
     keep: torch.Tensor    # how much of noise_guess stays
     std: torch.Tensor     # how much fresh noise is added
-    kl_std: torch.Tensor  # for kl_penalty: sigma for the flow SDE, std for CPS
+    kl_std: torch.Tensor  # what kl_penalty divides by: sigma for the flow SDE, std for CPS
 
 
 def make_step(times, i, noise_level, sde="flow"):
@@ -149,7 +150,7 @@ def make_step(times, i, noise_level, sde="flow"):
         return Step(t, s, keep, std, kl_std=std)
     # sigma is infinite at t = 1. So in the first step we divide by 1 - s, like the official code.
     # This makes its std equal to a, whatever the size of the step. By default the toy trains only
-    # this step.
+    # the first step.
     t_below_1 = torch.where(t == 1, s, t)
     sigma = noise_level * torch.sqrt(t / (1 - t_below_1))
     std = sigma * torch.sqrt(t - s)
@@ -207,8 +208,8 @@ def kl_penalty(mean, mean_ref, kl_std):
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions, as
     it does for log_prob, so both terms of the loss are divided by D. And for the flow SDE it
-    divides by sigma^2 instead of std^2 = sigma^2 * (t-s), which multiplies the KL by t-s. The
-    published beta of 0.04 is for this form. For CPS the code does divide by std^2, so there the
+    divides by sigma^2 instead of std^2 = sigma^2 * (t-s), so its KL is smaller by the factor t-s.
+    The published beta of 0.04 is for this form. For CPS the code does divide by std^2, so there the
     same beta is stronger.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_std**2)
@@ -251,11 +252,11 @@ def clipped_loss(ratio, advantages, clip_range):
     range, or a negative one below it, min picks the clipped term, whose gradient is 0. In the other
     direction nothing is clipped, so that a wrong move can be undone.
 
-    The true ratio would also correct for the age of the images, by weighting them (importance
-    sampling). The root is too close to 1 to correct anything. It only measures how far the policy
-    has moved, which is all that clipping needs. It is also why clip ranges are so small: D is
-    65,536 for SD3.5 at 512 pixels, so 1.0001 here, the end of the published clip range, is a true
-    ratio of 1.0001^65536, about 700. The toy has a D of 1,152.
+    With the true ratio, the loss would also give old images the weight that they have under the new
+    policy (importance sampling). The root is too close to 1 for that. It only measures how far the
+    policy has moved, which is all that clipping needs. Because of the root, clip ranges are very
+    small: D is 65,536 for SD3.5 at 512 pixels, so 1.0001 here, the end of the published clip range,
+    is a true ratio of 1.0001^65536, about 700. The toy has a D of 1,152.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -287,15 +288,16 @@ def choose_window(config, rng):
     They are `window` steps in a row, which begin at a random step from 0 to `latest_start`. If
     `window` is 0, they are all steps but the last, as in the paper's experiments.
 
-    PAPER/CODE: The paper speaks of all steps. The code leaves out the last one, and so do we. It
-    ends at s = 0, so its noise would stay in the image. The step before it is much worse: on
-    SD3.5's time grid it goes from t = 0.28 to s = 0.009, and its std is 0.225, 25 times the noise
-    that belongs there. So with `window` 0 the training images stay visibly noisy. All images of a
-    group are equally noisy, so a reward that bears the noise can still compare them.
+    PAPER/CODE: The paper speaks of all steps. The code does not train the last one, and we take it
+    by the ODE: it ends at s = 0, so its noise would stay in the image. The step before it is part
+    of the paper's setting, although it adds far more noise. On SD3.5's time grid it goes from
+    t = 0.28 to s = 0.009, and its std is 0.225, 25 times the noise that belongs there. The last
+    step cannot remove it, so with `window` 0 the training images stay visibly noisy. All images of
+    a group are equally noisy, so a reward that bears the noise can still compare them.
 
     A few early steps avoid this, and they are enough, as the authors found later (Flow-GRPO-Fast):
-    they decide what the image shows, so their noise is what makes the rewards of a group differ.
-    The update gets cheaper, K steps instead of T-1. The rollout takes T passes still.
+    the early steps decide what the image shows, so their noise changes the reward most. The update
+    gets cheaper, K steps instead of T-1. The rollout takes T passes still.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -309,8 +311,6 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
 
     first_seeds [B] seed the first noise of each image, fresh_seeds [B] the noise of its SDE steps.
     The steps outside of the window follow the ODE: an empty window samples with the ODE.
-
-    If config.batch_size is smaller than B, the images take turns in passes of this size.
 
     Training uses few steps, 10 in the paper, which calls this denoising reduction. These images are
     worse than with 40 steps, but advantages only compare them with each other, and for that they
@@ -341,10 +341,12 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
                 sys.exit(f"the velocity at t = {times[i]:.3f} is not finite: {policy.suspect()}")
             if i in window:
                 k = i - window.start
-                latents[batch, k] = x
+                if k == 0:
+                    latents[batch, 0] = x
                 fresh_noise = randn_tensor(x.shape, fresh[batch], x.device)
-                x, log_prob[batch, k], _ = sde_step(x, v, step, fresh_noise)
+                x, step_log_prob, _ = sde_step(x, v, step, fresh_noise)
                 latents[batch, k + 1] = x
+                log_prob[batch, k] = step_log_prob
             else:
                 x = x + v * (step.s - step.t)  # the ODE
         images += policy.decode(x)
@@ -366,16 +368,16 @@ def update(policy, config, drawn, advantages):
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
     keeps them. We keep them, because they still have a KL penalty, if beta is not 0.
     """
-    images = torch.arange(len(advantages)).view(-1, config.group_size)  # [groups, group_size]
+    numbers = torch.arange(len(advantages)).view(-1, config.group_size)  # of images, a row a group
     sde_steps = torch.arange(len(drawn.window))
 
     kls, ratios, norms = [], [], []
-    for number, part in enumerate(images.chunk(config.updates, dim=1)):
+    for updates_before, part in enumerate(numbers.chunk(config.updates, dim=1)):
         pairs = torch.cartesian_prod(part.flatten(), sde_steps)  # each image with each SDE step
         count = len(pairs) * WORLD.num_processes
         for batch in progress(pairs.split(config.batch_size), "update"):
             policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
-            check_ratio(ratio, config.clip_range, is_first=number == 0)
+            check_ratio(ratio, config.clip_range, is_first=updates_before == 0)
             loss = policy_loss + config.beta * kl
             # Each batch adds its share. `optimize` adds up the processes. Together this is the
             # gradient of the mean over all pairs.
@@ -386,8 +388,9 @@ def update(policy, config, drawn, advantages):
 
     kl = gather(torch.cat(kls))
     moved = gather(torch.cat(ratios)) - 1
-    # The shares of ratios outside of the clip range, whatever their advantage. In the first update
-    # all ratios are 1, so with 2 updates these shares are at most 1/2.
+    # Which share of the epoch's ratios is outside of the clip range, whatever their advantage. In
+    # the first update all ratios are 1, so with 2 updates it is at most 1/2. README has a table of
+    # what to do if these metrics look wrong.
     too_low = moved < -config.clip_range
     too_high = moved > config.clip_range
     return {
@@ -399,9 +402,12 @@ def update(policy, config, drawn, advantages):
     }
 
 
-def losses(policy, config, drawn, advantages, pairs):
-    """The terms of equation 5, for pairs [b, 2] of image and SDE step -> policy_loss, kl, ratio"""
-    image, k = pairs.unbind(1)
+def losses(policy, config, drawn, advantages, batch):
+    """The terms of equation 5 -> policy_loss, kl, ratio, all [b]
+
+    The batch [b, 2] has pairs: the number of an image, and the number of an SDE step.
+    """
+    image, k = batch.unbind(1)
     x = drawn.latents[image, k]
     x_next = drawn.latents[image, k + 1]
     old_log_prob = drawn.log_prob[image, k]
@@ -472,7 +478,8 @@ def train_epoch(policy, config, reward, train_set, epoch):
     drawn = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
                     my_part(fresh_seeds))
 
-    # Each process scores its own images, and gets the scores of all.
+    # Each process scores its own images, and gets the scores of all images of the epoch: a dict
+    # with an array for each reward, and their weighted sum as "reward".
     scores = rewards.score(reward, drawn.images, repeat_each(rows, size))
 
     total = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
@@ -500,10 +507,11 @@ def evaluate(policy, config, reward, test_set, folder):
     """Sample the test prompts with the ODE -> metrics. The images go to the folder.
 
     We train a random sampler and use it without randomness. Why does that work? The SDE and the ODE
-    follow the same v, so what moves the mean of an SDE step moves the ODE the same way. And as long
-    as the SDE steps keep the distribution of x, v was trained where the ODE uses it. A short window
-    trains v at a few times only. The other times share its LoRA and change as well, but nothing
-    guarantees that this helps. The evaluation shows whether it does.
+    follow the same v, so what moves the mean of an SDE step moves the ODE the same way. And where
+    the SDE keeps the distribution of x, v is trained on the same x that the ODE will see. In early
+    steps this is nearly so. A short window trains v at a few times only. The other times share its
+    LoRA and change as well, but nothing guarantees that this helps. The evaluation shows whether it
+    does.
 
     The weights are a moving average, which is less noisy than any single update. The seeds are the
     same in every evaluation, whatever --seed is, so that all runs can be compared.
@@ -564,7 +572,7 @@ def train(config):
         f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
 
     if len(history) > config.epochs:
-        # A finished run was resumed, say with --eval_prompts 0: it is only evaluated once more.
+        # All epochs are done, 0 included. Say with --eval_prompts 0, the run is evaluated again.
         metrics = evaluate(policy, config, watched, test_set, folder / "samples/again")
         say(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     for epoch in progress(range(len(history), config.epochs + 1), "epochs"):
@@ -600,8 +608,9 @@ class Policy:
     For another family, write a subclass like SanaPolicy below and enter it in POLICIES:
 
       lora_layers   the layers that are trained
-      encode_batch  gives the condition as two tensors, with a row for each prompt. For guidance it
-                    is asked for [""] alone.
+      encode_batch  gives the condition as two tensors, with a row for each prompt. Guidance needs
+                    the condition of the empty prompt, so it is also called with [""] alone.
+      velocity      if the guidance is an input of the network
       forward       gives the velocity. t is 1 for noise, and v leads from the image to the noise.
                     Some networks have both the other way round.
       time_grid     if the family's own pipeline calls set_timesteps with more than the number of
@@ -609,7 +618,7 @@ class Policy:
       decode        if its VAE scales the latents in another way
 
     Your class is right if a rollout with an empty window gives the image of the family's own
-    pipeline. The tests check this for all that are in their list FAMILIES.
+    pipeline with the same scheduler. The tests check this for all in their list FAMILIES.
     """
 
     lora_layers = [  # as in the official code: the attention of image tokens and of text tokens
@@ -619,9 +628,9 @@ class Policy:
     def __init__(self, pipe, config):
         self.pipe = pipe
         self.config = config
-        self.encoders = torch.nn.ModuleList(
-            part for name, part in pipe.components.items()
-            if "text_encoder" in name and part is not None)
+        encoders = [part for name, part in pipe.components.items()
+                    if "text_encoder" in name and part is not None]
+        self.encoders = torch.nn.ModuleList(encoders)
         pipe.vae.to(WORLD.device)
         pipe.transformer.to(WORLD.device)
         if config.gradient_checkpointing:
@@ -707,7 +716,8 @@ class Policy:
         times = scheduler.sigmas.float()
         if abs(times[0] - 1) < 1e-6:
             times[0] = 1  # some values of `shift` are rounded to just below it
-        if len(times) != T + 1 or times[0] != 1 or times[-1] != 0 or (times.diff() >= 0).any():
+        in_order = len(times) == T + 1 and (times.diff() < 0).all()
+        if not in_order or times[0] != 1 or times[-1] != 0:
             sys.exit(f"--model {self.config.model}: the times of its {type(scheduler).__name__} do "
                      f"not fall from 1 to 0 in {T} steps. It needs a "
                      "FlowMatchEulerDiscreteScheduler")
@@ -914,9 +924,13 @@ def warn_about_prompts(policy, config, rows):
     tokenizers = [part for name, part in parts if "tokenizer" in name and part]
     tokenizer = tokenizers[-1]  # that of T5 or Gemma. CLIP, which comes before, sees less
     prompts = [row["prompt"] for row in rows]
-    tokens = tokenizer(prompts).input_ids
-    long = [p for p, ids in zip(prompts, tokens) if len(ids) > config.max_sequence_length]
-    unknown = [p for p, ids in zip(prompts, tokens) if tokenizer.unk_token_id in ids]
+    long = []
+    unknown = []
+    for prompt, ids in zip(prompts, tokenizer(prompts).input_ids):
+        if len(ids) > config.max_sequence_length:
+            long.append(prompt)
+        if tokenizer.unk_token_id in ids:
+            unknown.append(prompt)
     if long:
         say(f"warning: {len(long)} prompts are longer than --max_sequence_length "
             f"{config.max_sequence_length} and get cut off, such as {long[0]!r}")
@@ -931,7 +945,7 @@ class Config:
     preset: str = ""  # one of PRESETS. If empty, the one with the name of the reward, if any
     reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
     eval_reward: str = ""  # rewards that are only measured, to see whether the other is hacked
-    # Folder or hub name of an SD3, FLUX or SANA pipeline. Give a preset with it, as all the other
+    # Folder or hub name of an SD3, FLUX or SANA pipeline. Name a preset as well, because the other
     # defaults are the toy's
     model: str = "toy"
     cpu: bool = False  # run the preset of a large model although there is no GPU
@@ -958,7 +972,7 @@ class Config:
     train_steps: int = 10  # T in training. Enough to tell good from bad
     eval_steps: int = 40  # T in evaluations
     noise_level: float = 0.7  # a. Too little explores nothing, too much spoils the images
-    sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS, whose images have no extra noise
+    sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS: no extra noise, less variety
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
     # One first noise for a group. Then its images differ only by the SDE steps, which are what is
@@ -988,8 +1002,8 @@ class Config:
 # beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.
 # PAPER/CODE: The code trains in fp16. We use bf16, which has the range of float32, so that no loss
 # has to be scaled.
-# PAPER/CODE: The code updates its moving average after each batch of every 8th update. Such an
-# update has 2 batches, so its decay of 0.9 acts twice. This equals 0.9^2 = 0.81 once.
+# PAPER/CODE: In every 8th update the code renews its moving average twice, once for each of the 2
+# batches of the update. A decay of 0.9 twice is one of 0.81 once.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
@@ -1012,8 +1026,8 @@ PRESETS = {
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux. The paper has FLUX's scores, but not its settings. An update
-    # has 6 batches there: 0.9^6 = 0.53.
+    # From the official pickscore_flux. The paper has FLUX's scores, but not its settings. The code
+    # renews the moving average 6 times there: 0.9^6 = 0.53.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
         eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.53,
@@ -1061,9 +1075,10 @@ def check_config(config):
     for name, value in asdict(config).items():
         if type(value) not in (int, float):
             continue
-        if name in may_be_0 and not 0 <= value < math.inf:  # nan fails this, too
-            sys.exit(f"--{name} {value}: must be a number, at least 0")
-        if name not in may_be_0 and not 0 < value < math.inf:
+        if name in may_be_0:
+            if not 0 <= value < math.inf:  # nan fails this, too
+                sys.exit(f"--{name} {value}: must be a number, at least 0")
+        elif not 0 < value < math.inf:
             sys.exit(f"--{name} {value}: must be a number above 0")
     if config.group_size < 2:
         sys.exit("--group_size 1: must be 2 or more, because the images are compared")
@@ -1090,7 +1105,7 @@ def check_machine(config):
     if config.report_to and config.report_to not in trackers:
         sys.exit(f"--report_to {config.report_to}: it is not installed. "
                  f"Installed are: {', '.join(trackers) or 'none'}")
-    wants_gpu = "model" in PRESETS.get(config.preset, {})
+    wants_gpu = "model" in PRESETS.get(config.preset, {})  # the toy's presets name no model
     if wants_gpu and WORLD.device.type == "cpu" and not config.cpu:
         sys.exit(f"--preset {config.preset}: torch finds no GPU (is this a CPU build of it, or the "
                  "driver too old?). To run it on the CPU all the same, add --cpu")
@@ -1103,6 +1118,11 @@ def check_machine(config):
 
 
 # ------------------------------------------------------------------- 7. processes, files, pictures
+# The folder of a run has config.json, metrics.jsonl (a line for each epoch), checkpoint.pt (for
+# --resume), pytorch_lora_weights.safetensors (for diffusers), before_after.png, curve.png and
+# film.gif. samples/0006 has the first images and the LoRA of the evaluation after epoch 6.
+
+
 def progress(items, title):
     """A bar on a terminal. disable=None shows nothing in a log file."""
     if not WORLD.is_main_process:
@@ -1143,11 +1163,12 @@ def new_folder(names):
 
     mkdir fails if the folder is there, so two runs that start at the same time get two folders.
     """
-    name = "-".join(re.sub(r"[^\w.]+", "-", name).strip("-.") for name in names)
+    safe_names = [re.sub(r"[^\w.]+", "-", name).strip("-.") for name in names]
+    folder_name = "-".join(safe_names)
     for number in itertools.count(1):
-        folder = Path("runs", name)
+        folder = Path("runs", folder_name)
         if number > 1:
-            folder = Path("runs", f"{name}-{number}")
+            folder = Path("runs", f"{folder_name}-{number}")
         try:
             folder.mkdir(parents=True)
             return folder
@@ -1248,11 +1269,13 @@ def save_images(images, rows, scores, folder):
 
 
 def read_images(folder):
-    """What save_images has written -> a list of (image, prompt, score)"""
+    """What save_images has written -> the images, the prompts, the scores"""
     with open(folder / "prompts.jsonl") as file:
         rows = [json.loads(line) for line in file]
-    return [(Image.open(folder / f"{number:02d}.png"), row["prompt"], row["score"])
-            for number, row in enumerate(rows)]
+    images = [Image.open(folder / f"{number:02d}.png") for number in range(len(rows))]
+    prompts = [row["prompt"] for row in rows]
+    scores = [row["score"] for row in rows]
+    return images, prompts, scores
 
 
 def evaluations(folder):
@@ -1263,17 +1286,19 @@ def evaluations(folder):
 def draw_before_after(folder):
     """Each prompt at the first and at the last evaluation -> before_after.png"""
     folders = evaluations(folder)
-    first = read_images(folders[0])
-    last = read_images(folders[-1])
-    titles = [textwrap.fill(f"{before[2]:.2f} -> {after[2]:.2f}  {after[1]}", 44)
-              for before, after in zip(first, last)]
+    images_before, prompts, scores_before = read_images(folders[0])
+    images_after, _, scores_after = read_images(folders[-1])
+    titles = [textwrap.fill(f"{before:.2f} -> {after:.2f}  {prompt}", 44)
+              for before, after, prompt in zip(scores_before, scores_after, prompts)]
     title_lines = max(title.count("\n") + 1 for title in titles)
     rows = math.ceil(len(titles) / 3)
     figure = Figure(figsize=(8.8, rows * (1.5 + 0.15 * title_lines)), dpi=100, layout="constrained")
-    for number, ((before, _, _), (after, _, _), title) in enumerate(zip(first, last, titles), 1):
-        plot = figure.add_subplot(rows, 3, number)
-        plot.set_axis_off()
+    for number, title in enumerate(titles):
+        before = images_before[number]
+        after = images_after[number]
         gap = Image.new("RGB", (before.width // 24, before.height), "white")
+        plot = figure.add_subplot(rows, 3, number + 1)
+        plot.set_axis_off()
         plot.imshow(np.hstack([before, gap, after]))
         plot.set_title(title, fontsize=8, parse_math=False)
     figure.savefig(folder / "before_after.png", bbox_inches="tight")  # no line of a caption is lost
@@ -1285,13 +1310,14 @@ def draw_film(folder, frames=12, size=160):
     places = np.linspace(0, len(folders) - 1, min(frames, len(folders))).round().astype(int)
     sheets = []
     for place in places:
-        shown = read_images(folders[place])
-        rows = math.ceil(len(shown) / 4)
+        images, _, _ = read_images(folders[place])
+        rows = math.ceil(len(images) / 4)
         sheet = Image.new("RGB", (4 * size, rows * size + 24), "white")
-        ImageDraw.Draw(sheet).text((6, 2), f"epoch {int(folders[place].name)}", "black",
-                                   font_size=18)
-        for number, (image, _, _) in enumerate(shown):
-            corner = (number % 4 * size, number // 4 * size + 24)
+        title = f"epoch {int(folders[place].name)}"
+        ImageDraw.Draw(sheet).text((6, 2), title, "black", font_size=18)
+        for number, image in enumerate(images):
+            row, column = divmod(number, 4)
+            corner = (column * size, row * size + 24)
             sheet.paste(image.resize((size - 4, size - 4)), corner)
         sheets.append(sheet)
     sheets[0].save(folder / "film.gif", save_all=True, append_images=sheets[1:], duration=1000,
