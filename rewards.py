@@ -11,6 +11,7 @@ training and raises RewardError for a prompt that the reward cannot judge. Score
 if a reward fails, the run stops. (ImageReward is missing: its package needs an old transformers.)
 """
 import importlib
+import itertools
 import json
 import math
 import os
@@ -65,7 +66,11 @@ def ocr():
     def reward(images, prompts, metadata):
         with ThreadPoolExecutor(cores) as pool:
             return list(pool.map(rate, images, prompts))
-    reward.check = lambda prompts, metadata: [quoted(prompt) for prompt in prompts]
+
+    def check(prompts, metadata):
+        for prompt in prompts:
+            quoted(prompt)
+    reward.check = check
     return reward
 
 
@@ -125,27 +130,33 @@ def geneval_score(found, row):
     references = []  # for each object of the row: the things found for it, if they are right
     for asked in row["include"]:
         objects = [thing for thing in found if thing["class"] == asked["class"]]
-        terms.append(1 - abs(asked["count"] - len(objects)) / asked["count"])
+        terms.append(count_term(objects, asked["count"]))
         right = len(objects) == asked["count"]
         if asked.get("color"):
-            colored = sum(thing["color"] == asked["color"] for thing in objects)
-            terms.append(1 - abs(asked["count"] - colored) / asked["count"] if right else 0.0)
-            right = right and colored == asked["count"]
+            colored = [thing for thing in objects if thing["color"] == asked["color"]]
+            terms.append(count_term(colored, asked["count"]) if right else 0.0)
+            right = right and len(colored) == asked["count"]
         if asked.get("position"):
             # PAPER/CODE: after a wrong place the official code adds another term of 1, so that a
             # failure scores 0.75. We follow the paper.
             relation, number = asked["position"]
-            if not references[number]:
-                right = False
-            for thing in objects:
-                for other in references[number]:
-                    if relation not in relations(thing["box"], other["box"]):
-                        right = False
+            right = right and all_are(relation, objects, references[number])
             terms.append(float(right))
         # PAPER/CODE: the paper is silent here. As in the official code, nothing has a place next
         # to objects whose own count, color or place is wrong.
         references.append(objects if right else [])
     return sum(terms) / len(terms)
+
+
+def count_term(objects, count):
+    return 1 - abs(count - len(objects)) / count
+
+
+def all_are(relation, objects, references):
+    """Whether each object lies so from each reference. Without a reference none does."""
+    pairs = itertools.product(objects, references)
+    held = [relation in relations(thing["box"], other["box"]) for thing, other in pairs]
+    return bool(references) and all(held)
 
 
 def relations(box, reference):
@@ -155,15 +166,16 @@ def relations(box, reference):
     What is left of it, divided by the whole distance, must be above 0.5 towards the side. Boxes:
     (left, top, right, bottom) in pixels.
     """
-    box, reference = np.reshape(box, (2, 2)), np.reshape(reference, (2, 2))
+    box = np.reshape(box, (2, 2))
+    reference = np.reshape(reference, (2, 2))
     offset = box.mean(0) - reference.mean(0)
     sizes = box[1] - box[0] + reference[1] - reference[0]
     beyond = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * sizes, 0)
     if np.abs(beyond).max() < 1e-3:
         return set()
     x, y = beyond / np.linalg.norm(offset)
-    holds = (x < -0.5, x > 0.5, y < -0.5, y > 0.5)
-    return {relation for relation, true in zip(RELATIONS, holds) if true}
+    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {relation for relation, true in holds.items() if true}
 
 
 def check_metadata(prompts, metadata, classes, colors):
