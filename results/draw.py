@@ -136,6 +136,36 @@ def hacking():
     save(figure, "hacking")
 
 
+OPTIONS = {
+    "default": "the default",
+    "noise0.4": "noise_level 0.4 instead of 0.7",
+    "noise0.1": "noise_level 0.1",
+    "start0-3": "a window that begins at random, 0 to 3",
+    "different-noise": "a first noise for each image",
+    "groups4x32": "4 groups of 32 instead of 16 of 8",
+    "std-group": "the std of the group, not of the epoch",
+    "clip1e-4": "clip_range 1e-4 instead of 1e-3",
+    "beta0": "beta 0 instead of 0.5",
+    "cps": "CPS: noise_level 0.8, beta 0.05",
+}
+
+
+def options():
+    """One option changed at a time: a dot for each seed, and a line at their mean"""
+    figure = Figure(figsize=(8.8, 3.2), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for place, setting in enumerate(OPTIONS):
+        values = finals(f"words/{setting}", "eval_accuracy")
+        color = ODE if setting == "default" else SDE
+        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.7)
+        axes.plot(np.mean(values), place, "|", color=color, markersize=16)
+    axes.set_yticks(range(len(OPTIONS)), OPTIONS.values(), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of 60 words that are read, which were taken out of the training list")
+    axes.grid(axis="x", alpha=0.3)
+    save(figure, "options")
+
+
 # Data with two modes, whose best v is known: weights, means and stds
 WEIGHTS = torch.tensor([0.4, 0.6])
 MEANS = torch.tensor([-1.5, 1.0])
@@ -280,6 +310,7 @@ def pictures():
 
 if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
-    for draw in (tables, curves, hacking, marginals, last_step, where_noise_decides, pictures):
+    for draw in (tables, curves, hacking, options, marginals, last_step, where_noise_decides,
+                 pictures):
         if draw.__name__ in (sys.argv[1:] or draw.__name__):
             draw()

@@ -64,7 +64,9 @@ def sd3_or_flux(family):
     if family in ("flux", "flux-schnell"):
         clip, tokenizer, t5, t5_tokenizer = text_encoders(32)
         return diffusers.FluxPipeline(
-            vae=vae, scheduler=scheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=vae, scheduler=scheduler(
+                shift=3.0, use_dynamic_shifting=True, base_shift=0.1, max_shift=2.0,
+                base_image_seq_len=16, max_image_seq_len=128),  # not the defaults
             text_encoder=CLIPTextModel(clip), tokenizer=tokenizer,
             text_encoder_2=t5, tokenizer_2=t5_tokenizer,
             transformer=diffusers.FluxTransformer2DModel(
