@@ -26,8 +26,9 @@ Notation
   i, k    the number of a denoising step, from 0 to T-1, and of an SDE step, from 0 to K-1
   B       the number of images in a tensor. Shapes are written in brackets: [B, C, H, W].
 
-PAPER/CODE marks where the paper and the official code (github.com/yifan123/flow_grpo) disagree. We
-mostly follow the code, because the published learning rate, clip range and beta were tuned for it.
+PAPER/CODE marks where the paper, the official code (github.com/yifan123/flow_grpo) and this file
+differ. We mostly follow the code, because the published learning rate, clip range and beta were
+tuned for it.
 
 Chapters 1 to 4 are the method. Chapter 5 drives the diffusers models, 6 has the options, 7 the
 files and pictures. The default model is a toy, an SD3 pipeline of 5 MB that makes images of 48 x 48
@@ -67,7 +68,7 @@ import transformers
 import tyro
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather, gather_object, reduce
+from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from diffusers.utils.torch_utils import randn_tensor
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
@@ -115,16 +116,17 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #
 # The two changes cancel at every x, whatever sigma is (appendix A of the paper has the full proof).
 # This is exact for a perfect v and small steps. But 10 steps are not small. On SD3.5's time grid
-# the first one goes from t = 1 to s = 0.96, so for a = 0.7 it has std = 0.7 and
+# the first one goes from t = 1 to s = 0.96, and its std is a (see `make_step`). So a = 0.7 gives
 # keep = 0.96 - 0.7^2 / 2 = 0.715. Together the old and the fresh noise have a std of
 # sqrt(0.715^2 + 0.7^2) = 1.001, which is 4 % above 0.96. After the second step it is 8 %. In late
 # steps the error is far larger, see `choose_window`.
 #
-# CPS has keep^2 + std^2 = s^2, so its noise is right after steps of any size. But the images become
-# too much alike. noise_guess is an average, and an average varies less than what it averages. So a
-# CPS step takes a little more variance out of x than it puts back. After many random steps, a
-# Gaussian mode of the data has only cos(a * pi/4) times its std, which is 15 % too little for
-# a = 0.7. Smaller steps do not help, as each of them replaces the same share of the noise.
+# CPS has keep^2 + std^2 = s^2. If noise_guess were the true noise, this would be right for steps of
+# any size. But noise_guess is an average, which varies less than the true noise, and so x varies
+# less after the step: in the variance of x - c * noise_guess, the term c^2 * var(noise_guess) is
+# too small, and the others are as they should be. After many random steps, a Gaussian mode of the
+# data has only cos(a * pi/4) times its std, which is 15 % too little for a = 0.7. Smaller steps do
+# not help, as each of them replaces the same share of the noise.
 
 
 class Step(NamedTuple):
@@ -140,7 +142,8 @@ def make_step(times, i, noise_level, sde="flow"):
     """Step number i of the time grid [T+1] -> Step. i can be a tensor [B], a number per image.
 
     The sigma of the flow SDE is large near t = 1, where nothing about the image is decided and
-    there is a lot to explore. Towards t = 0, where fresh noise would stay visible, it falls to 0.
+    there is a lot to explore. Towards t = 0, where fresh noise stays visible, it falls to 0, but
+    not fast enough for 10 steps (see `choose_window`).
     """
     t = times[i].view(-1, 1, 1, 1)
     s = times[i + 1].view(-1, 1, 1, 1)
@@ -186,8 +189,8 @@ def sde_step(x, v, step, fresh_noise=None, x_next=None):
     over them instead, and so do we. `clipped_loss` says what this means for the ratio.
 
     PAPER/CODE: For CPS the code uses -(x_next - mean)^2 as the log-density. We keep the Gaussian's
-    factor 1 / (2 * std^2). It is very large in late steps, where std is small, so these steps would
-    dominate the gradient. Use an early window with CPS.
+    factor 1 / (2 * std^2). It is near 1 in early steps, but very large in late ones, where std is
+    small, so these would dominate the gradient. Use an early window with CPS.
     """
     mean = sde_mean(x, v, step)
     if x_next is None:
@@ -289,11 +292,11 @@ def choose_window(config, rng):
     `window` is 0, they are all steps but the last, as in the paper's experiments.
 
     PAPER/CODE: The paper speaks of all steps. The code does not train the last one, and we take it
-    by the ODE: it ends at s = 0, so its noise would stay in the image. The step before it is part
-    of the paper's setting, although it adds far more noise. On SD3.5's time grid it goes from
-    t = 0.28 to s = 0.009, and its std is 0.225, 25 times the noise that belongs there. The last
-    step cannot remove it, so with `window` 0 the training images stay visibly noisy. All images of
-    a group are equally noisy, so a reward that bears the noise can still compare them.
+    by the ODE: it ends at s = 0, so its noise would stay in the image. The step before it adds far
+    more noise. On SD3.5's time grid it goes from t = 0.28 to s = 0.009, and its std is 0.225, 25
+    times the noise that belongs there. The last step moves x by only 0.009 * v, so it cannot remove
+    this noise, and with `window` 0 the training images stay visibly noisy. All images of a group
+    are equally noisy, so a reward that bears the noise can still compare them.
 
     A few early steps avoid this, and they are enough, as the authors found later (Flow-GRPO-Fast):
     the early steps decide what the image shows, so their noise changes the reward most. The update
@@ -368,11 +371,12 @@ def update(policy, config, drawn, advantages):
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
     keeps them. We keep them, because they still have a KL penalty, if beta is not 0.
     """
-    numbers = torch.arange(len(advantages)).view(-1, config.group_size)  # of images, a row a group
+    # [groups, group_size], for example [[0, 1, 2, 3], [4, 5, 6, 7]]
+    image_numbers = torch.arange(len(advantages)).view(-1, config.group_size)
     sde_steps = torch.arange(len(drawn.window))
 
     kls, ratios, norms = [], [], []
-    for updates_before, part in enumerate(numbers.chunk(config.updates, dim=1)):
+    for updates_before, part in enumerate(image_numbers.chunk(config.updates, dim=1)):
         pairs = torch.cartesian_prod(part.flatten(), sde_steps)  # each image with each SDE step
         count = len(pairs) * WORLD.num_processes
         for batch in progress(pairs.split(config.batch_size), "update"):
@@ -443,9 +447,7 @@ def check_ratio(ratio, clip_range, is_first):
     allowed = min(allowed, 1e-4)
     if is_first and off > allowed:
         sys.exit(f"before the first update a ratio is off by {off:.2g}, but it must be 1: sampling "
-                 "and training do not compute the same thing (guidance? dropout?). In bf16, "
-                 "rounding depends on the size of a batch, so --batch_size must divide the number "
-                 "of images that a process uses in an update")
+                 "and training do not compute the same thing (guidance? dropout?)")
 
 
 # ------------------------------------------------------------------------------------- 4. training
@@ -503,7 +505,7 @@ def repeat_each(items, n):
     return [item for item in items for _ in range(n)]
 
 
-def evaluate(policy, config, reward, test_set, folder):
+def evaluate(policy, config, watched, test_set, folder):
     """Sample the test prompts with the ODE -> metrics. The images go to the folder.
 
     We train a random sampler and use it without randomness. Why does that work? The SDE and the ODE
@@ -529,17 +531,19 @@ def evaluate(policy, config, reward, test_set, folder):
     no_sde_steps = range(0)
     with policy.averaged():
         images = rollout(policy, config, prompts, seeds, config.eval_steps, no_sde_steps).images
-    scores = rewards.score(reward, images, repeat_each(rows, n))
+    scores = rewards.score(watched, images, repeat_each(rows, n))
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
-    first_reward = next(iter(reward))
+    first_reward = next(iter(watched))
     if first_reward in rewards.HAVE_A_RIGHT_ANSWER:
         right = scores[f"reward/{first_reward}"] == 1
         metrics["eval_accuracy"] = right.mean()
         metrics |= accuracy_by_tag(right, repeat_each(test_set, n))
-    # The first image of each prompt is kept. save_images collects them from all processes. The
-    # prompts and scores are those of all processes already.
-    save_images(images[::n], test_set, scores["reward"][::n], folder)
+    # The first image of each prompt is kept. These are the images of this process, but the prompts
+    # and scores of all processes.
+    first_images = images[::n]
+    first_scores = scores["reward"][::n]
+    save_images(first_images, test_set, first_scores, folder)
     return metrics
 
 
@@ -566,13 +570,17 @@ def train(config):
     policy = load_policy(config)
     warn_about_prompts(policy, config, train_set + test_set)
     folder = claim_folder(config)
-    history = policy.restore(read_checkpoint(folder)) if config.resume else []
+    history = []
+    if config.resume:
+        checkpoint = read_checkpoint(folder)
+        policy.restore(checkpoint)
+        history = checkpoint["history"]
     accelerator = start_trackers(config, folder)
     say(f"{folder}: {config.groups} groups of {config.group_size} images in an epoch, on "
         f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
 
     if len(history) > config.epochs:
-        # All epochs are done, 0 included. Say with --eval_prompts 0, the run is evaluated again.
+        # The run is finished. Evaluate it once more, for example on all prompts (--eval_prompts 0).
         metrics = evaluate(policy, config, watched, test_set, folder / "samples/again")
         say(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     for epoch in progress(range(len(history), config.epochs + 1), "epochs"):
@@ -610,12 +618,14 @@ class Policy:
       lora_layers   the layers that are trained
       encode_batch  gives the condition as two tensors, with a row for each prompt. Guidance needs
                     the condition of the empty prompt, so it is also called with [""] alone.
-      velocity      if the guidance is an input of the network
       forward       gives the velocity. t is 1 for noise, and v leads from the image to the noise.
                     Some networks have both the other way round.
-      time_grid     if the family's own pipeline calls set_timesteps with more than the number of
-                    steps
-      decode        if its VAE scales the latents in another way
+
+    Write these only if the family needs them:
+
+      velocity      its guidance is an input of the network
+      time_grid     its own pipeline calls set_timesteps with more than the number of steps
+      decode        its VAE scales the latents in another way
 
     Your class is right if a rollout with an empty window gives the image of the family's own
     pipeline with the same scheduler. The tests check this for all in their list FAMILIES.
@@ -782,8 +792,9 @@ class Policy:
             layers = {}
             for name, weights in state.items():
                 # Programs that find no alpha in a file take alpha / rank to be 1.
-                scale = ALPHA_OVER_RANK if "lora_B" in name else 1
-                layers[name.removeprefix("base_model.model.")] = scale * weights
+                if "lora_B" in name:
+                    weights = ALPHA_OVER_RANK * weights
+                layers[name.removeprefix("base_model.model.")] = weights
         return layers
 
     def checkpoint(self):
@@ -796,7 +807,7 @@ class Policy:
         }
 
     def restore(self, checkpoint):
-        """Put a checkpoint back -> the metrics so far"""
+        """Go on where a checkpoint was made"""
         if checkpoint["average"].shape != self.average.shape:
             sys.exit("--resume: the checkpoint has another number of weights than this model: "
                      "keep its --model and --lora_rank")
@@ -804,7 +815,6 @@ class Policy:
         vector_to_parameters(checkpoint["weights"].to(self.average.device), self.params)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.updates = checkpoint["updates"]
-        return checkpoint["history"]
 
 
 class FluxPolicy(Policy):
@@ -825,8 +835,9 @@ class FluxPolicy(Policy):
         guidance = None
         if self.network.config.guidance_embeds:  # FLUX.1-schnell has none
             guidance = t.new_full([B], self.config.guidance)
+        tokens = packed.flatten(2).mT  # [B, H/2 * W/2, 4C]
         v = self.network(
-            hidden_states=packed.flatten(2).mT,  # [B, tokens, 4C]
+            hidden_states=tokens,
             timestep=t,  # FLUX multiplies it by 1000 itself
             guidance=guidance,
             encoder_hidden_states=embeds,
@@ -834,7 +845,8 @@ class FluxPolicy(Policy):
             txt_ids=x.new_zeros(embeds.shape[1], 3),
             img_ids=self.pipe._prepare_latent_image_ids(B, H, W, x.device, x.dtype),
         ).sample
-        return torch.pixel_shuffle(v.mT.unflatten(2, (H, W)), 2)
+        v = v.mT.unflatten(2, (H, W))  # [B, 4C, H/2, W/2]
+        return torch.pixel_shuffle(v, 2)
 
     def encode_batch(self, prompts):
         embeds, pooled, _ = self.pipe.encode_prompt(
@@ -942,7 +954,7 @@ def warn_about_prompts(policy, config, rows):
 # -------------------------------------------------------------------------------------- 6. options
 @dataclass
 class Config:
-    preset: str = ""  # one of PRESETS. If empty, the one with the name of the reward, if any
+    preset: str = ""  # one of PRESETS. If empty and one is called like the reward, that one
     reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
     eval_reward: str = ""  # rewards that are only measured, to see whether the other is hacked
     # Folder or hub name of an SD3, FLUX or SANA pipeline. Name a preset as well, because the other
@@ -1002,8 +1014,8 @@ class Config:
 # beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.
 # PAPER/CODE: The code trains in fp16. We use bf16, which has the range of float32, so that no loss
 # has to be scaled.
-# PAPER/CODE: In every 8th update the code renews its moving average twice, once for each of the 2
-# batches of the update. A decay of 0.9 twice is one of 0.81 once.
+# PAPER/CODE: In every 8th update the code renews its moving average twice, with the same weights.
+# Two decays of 0.9 are one of 0.81.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
@@ -1087,6 +1099,11 @@ def check_config(config):
     if config.groups % WORLD.num_processes:
         sys.exit(f"--groups {config.groups}: must be a multiple of the number of processes, "
                  f"{WORLD.num_processes}")
+    images = config.groups // WORLD.num_processes * config.group_size // config.updates
+    if config.precision == "bf16" and images % config.batch_size:
+        sys.exit(f"--batch_size {config.batch_size}: with bf16 it must divide {images}, the number "
+                 "of images that a process uses in an update, because rounding depends on the size "
+                 "of a batch")
     if 0 < config.eval_prompts < WORLD.num_processes:
         sys.exit(f"--eval_prompts {config.eval_prompts}: must be at least one for each of the "
                  f"{WORLD.num_processes} processes, or 0 for all prompts")
@@ -1153,7 +1170,7 @@ def claim_folder(config):
     folder = Path("runs", config.name)
     if WORLD.is_main_process and not config.name:
         folder = new_folder(rewards.parse(config.reward, "--reward"))
-    folder = gather_object([folder])[0]  # that of the main process
+    folder, = broadcast_object_list([folder])  # from the main process to all
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

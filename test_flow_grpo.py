@@ -1595,7 +1595,7 @@ def run(*options):
     ("--ema_decay 1", "ema_decay 1"), ("--group_size 1 --updates 1", "group_size 1"),
     ("--updates 3", "updates 3.*group_size 4"), ("--preset sd4", "preset sd4.*sd3.5-medium"),
     ("--report_to none", "report_to none.*not installed"), ("--reward ocrr", "ocrr.*geneval"),
-    ("--eval_reward jpeg", "--eval_reward jpeg"), ("--preset sd3.5-medium", "no GPU.*--cpu"),
+    ("--eval_reward jpeg", "--eval_reward jpeg"), ("--preset sd3.5-medium --batch_size 4", "no GPU.*--cpu"),
     ("--resolution 30", "resolution 30.*multiple of 4"), ("--resolution 68", "up to 64"),
     ("--model ./nowhere", "model ./nowhere.*hf auth login"),
     ("--resume runs/no", "resume runs/no.*no checkpoint")])
@@ -1628,6 +1628,12 @@ def test_groups_and_prompts_must_fit_the_processes(desk, monkeypatch):
     assert "eval_prompts 1" in exits(flow_grpo.check_config, small(eval_prompts=1))
     Path("train.txt").write_text("one\n")
     assert "a prompt for each process" in exits(prompts_of, ".")
+
+
+def test_in_bf16_all_batches_must_have_the_same_size():
+    flow_grpo.check_config(small(precision="bf16", batch_size=4))  # of 2 * 4 images in 2 updates
+    assert "must divide 4" in exits(flow_grpo.check_config, small(precision="bf16", batch_size=8))
+    flow_grpo.check_config(small(precision="fp32", batch_size=8))
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(desk, monkeypatch):
