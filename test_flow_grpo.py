@@ -1595,7 +1595,8 @@ def run(*options):
     ("--ema_decay 1", "ema_decay 1"), ("--group_size 1 --updates 1", "group_size 1"),
     ("--updates 3", "updates 3.*group_size 4"), ("--preset sd4", "preset sd4.*sd3.5-medium"),
     ("--report_to none", "report_to none.*not installed"), ("--reward ocrr", "ocrr.*geneval"),
-    ("--eval_reward jpeg", "--eval_reward jpeg"), ("--preset sd3.5-medium --batch_size 4", "no GPU.*--cpu"),
+    ("--eval_reward jpeg", "--eval_reward jpeg"),
+    ("--preset sd3.5-medium --batch_size 4", "no GPU.*--cpu"),
     ("--resolution 30", "resolution 30.*multiple of 4"), ("--resolution 68", "up to 64"),
     ("--model ./nowhere", "model ./nowhere.*hf auth login"),
     ("--resume runs/no", "resume runs/no.*no checkpoint")])
