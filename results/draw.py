@@ -102,17 +102,20 @@ def save(figure, name):
 def curves():
     """The evaluations of every seed, for the three tasks"""
     figure = Figure(figsize=(8.8, 2.8), dpi=100, layout="constrained")
-    for axes, (name, key, title) in zip(figure.subplots(1, 3), (
-            ("ocr/default", "eval_accuracy", "text: words read without a mistake"),
-            ("geneval/default", "eval_accuracy", "scenes: all as asked (GenEval)"),
-            ("pickscore/default", "eval_reward", "preference: the toy's PickScore"))):
+    plots = figure.subplots(1, 3)
+    for axes, (name, key, title, unit) in zip(plots, (
+            ("ocr/default", "eval_accuracy", "text", "share of words read without a mistake"),
+            ("geneval/default", "eval_accuracy", "scenes (GenEval)", "share with all as asked"),
+            ("pickscore/default", "eval_reward", "preference", "score of the toy's PickScore"))):
         for row in runs(name):
             epochs, values = zip(*row["curves"][key])
             axes.plot(epochs, values, ".-", color=SDE, alpha=0.6)
         axes.set_title(title, fontsize=9)
-        axes.set_ylabel("mean of the test images", fontsize=8)
+        axes.set_ylabel(unit, fontsize=8)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
+    for axes in plots[:2]:
+        axes.set_ylim(0.5, 1)
     save(figure, "curves")
 
 
@@ -120,19 +123,18 @@ def hacking():
     """Preference, trained far too hard with the KL penalty and without it"""
     figure = Figure(figsize=(8.8, 2.8), dpi=100, layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 3), (
-            ("eval_reward", "trained: the toy's PickScore"),
-            ("eval_reward/toy_taste", "watched: the taste behind it"),
-            ("eval_reward/diversity", "watched: diversity"))):
+            ("eval_reward", "trained: score of the toy's PickScore"),
+            ("eval_reward/toy_taste", "watched: the taste behind it, 0 to 1"),
+            ("eval_reward/diversity", "watched: difference of a prompt's images"))):
         for name, color, label in (("hacking/beta0.3", SDE, "beta 0.3"),
                                    ("hacking/beta0", WRONG, "beta 0")):
-            for number, row in enumerate(runs(name)):
+            for row, line in zip(runs(name), (".-", ".--", ".:")):
                 epochs, values = zip(*row["curves"][key])
-                axes.plot(epochs, values, ".-", color=color, alpha=0.7,
-                          label=None if number else label)
-        axes.set_title(title, fontsize=9)
+                axes.plot(epochs, values, line, color=color, label=f"{label}, seed {row['seed']}")
+        axes.set_title(title, fontsize=8)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, frameon=False)
+    figure.axes[0].legend(fontsize=7, frameon=False)
     save(figure, "hacking")
 
 
@@ -220,24 +222,24 @@ def marginals():
     """Is x distributed as it should be? At t = 0.5 and in the end, with 40 steps and with 10"""
     figure = Figure(figsize=(8.8, 4.6), dpi=100, layout="constrained")
     plots = figure.subplots(2, 2, sharex=True)
-    grid = torch.linspace(-3, 5.4, 420)
+    grid = torch.linspace(-3, 6, 450)
     for row, T in zip(plots, (40, 10)):
         for axes, t in zip(row, (0.5, 0.0)):
             axes.fill_between(grid, density(grid, t).sum(1), color="0.85", label="exact")
-            axes.set_title(f"{T} steps, t = {t}", fontsize=9)
+            axes.set_title(f"{T} steps, {'half time' if t else 'the end'} (t = {t:g})", fontsize=9)
             axes.set_yticks([])
         for label, color, kind in (("ODE", ODE, ("flow", 0.0)), ("equation 9", SDE, ("flow", 0.7)),
                                    ("CPS", CPS, ("cps", 0.7)),
-                                   ("uncorrected", WRONG, ("flow", 0.7, False))):
+                                   ("drift not corrected", WRONG, ("flow", 0.7, False))):
             times, path = sample(T, *kind)
             for axes, x in zip(row, (path[T // 2], path[T])):
-                counts, edges = np.histogram(x, 168, (-3, 5.4), density=True)
+                counts, edges = np.histogram(x, 180, (-3, 6), density=True)
                 if x is path[T]:
                     label = f"{label}: width {width(x):.2f}"
                 axes.plot((edges[1:] + edges[:-1]) / 2, counts, color=color, lw=1.2, label=label)
-        row[1].legend(fontsize=8, frameon=False, loc="upper right")
+        row[1].legend(fontsize=7, frameon=False, loc="upper right", handlelength=1)
     for axes in plots[1]:
-        axes.set(xlabel="x", xlim=(-3, 5.4))
+        axes.set(xlabel="x", xlim=(-3, 6))
     for axes in plots[:, 0]:
         axes.set_ylabel("density")
     save(figure, "marginals")
@@ -260,9 +262,10 @@ def last_step():
             noise[-1] = float(noise[-1])
         # Not the last step: at t = 0.009 a network expects little noise, and removes little.
         axes.plot(times[:-1], noise[:-1], style, color=color, label=label)
-    axes.set(xlabel="time t on SD3.5's grid of 10 steps", ylabel="std of the noise in x",
+    axes.set(xlabel="time t, from noise to image, on SD3.5's grid of 10 steps",
+             ylabel="std of the noise in x",
              xlim=(1.02, -0.02))
-    axes.annotate(f"{noise[-2]:.2f}, where 0.009 belongs", (0.009, noise[-2]), (0.16, 0.42),
+    axes.annotate(f"{noise[-2]:.2f}, where 0.009 belongs", (0.009, noise[-2]), (0.21, 0.42),
                   fontsize=9, arrowprops=dict(arrowstyle="->"))
     axes.legend(fontsize=8, frameon=False)
     save(figure, "last_step")
@@ -292,17 +295,16 @@ def where_noise_decides(prompts=8, size=16):
         axes.plot(range(9), np.mean(stds, 1), "o-", color=SDE)
         axes.set(title=f"{title}: a thin line is one of {prompts} prompts, the thick one their mean",
                  xlabel="which of the 10 steps is random (0 is the first)",
-                 ylabel="std of the reward")
+                 ylabel="std of the reward in a group")
         axes.title.set_fontsize(8)
     save(figure, "where_noise_decides")
 
 
 def pictures():
-    """Of the first seed of text and of scenes, and the film of the README"""
-    for task, seed in (("ocr", 7001), ("geneval", 7101)):
-        run = RESULTS.parent / f"runs/{task}-default-seed{seed}/before_after.png"
-        if run.exists():
-            Image.open(run).convert("RGB").save(FIGURES / f"before_after_{task}.png")
+    """Of the first seed of scenes, and the film of the README"""
+    run = RESULTS.parent / "runs/geneval-default-seed7101/before_after.png"
+    if run.exists():
+        Image.open(run).convert("RGB").save(FIGURES / "before_after_geneval.png")
     film = RESULTS.parent / "runs/ocr-film-seed0/film.gif"
     if film.exists():
         shutil.copy(film, FIGURES / "film.gif")
