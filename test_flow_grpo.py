@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -578,9 +578,10 @@ def evaluate(monkeypatch, tmp_path):
 
     -> its metrics, and the prompts, seeds, T and window that it asks for
     """
-    def evaluate_levels(policy, config, reward, levels):
+    def evaluate_levels(config, reward, levels):
         rollout = Mock(return_value=SimpleNamespace(images=gray(*levels)))
         monkeypatch.setattr(flow_grpo, "rollout", rollout)
+        policy = MagicMock()  # the network is not asked
         metrics = flow_grpo.evaluate(policy, config, reward, TAGGED, tmp_path / "0012")
         return {key: float(value) for key, value in metrics.items()}, rollout.call_args.args[2:]
     return evaluate_levels
@@ -589,13 +590,13 @@ def evaluate(monkeypatch, tmp_path):
 @pytest.mark.parametrize("seed", [0, 5])
 def test_every_evaluation_draws_the_same_prompts_from_the_same_seeds(evaluate, seed):
     config = small(eval_prompts=3, eval_per_prompt=2, eval_steps=7, seed=seed)
-    _, asked = evaluate(load_policy(small()), config, {"half": (half, 1)}, [9] * 6)
+    _, asked = evaluate(config, {"half": (half, 1)}, [9] * 6)
     assert asked == (["a", "b", "c"], [0, 1, 2, 3, 4, 5], 7, range(0))
 
 
 def test_eval_prompts_0_means_all(evaluate):
     config = small(eval_prompts=0, eval_per_prompt=1)
-    _, (prompts, *_) = evaluate(load_policy(small()), config, {"half": (half, 1)}, [9] * 4)
+    _, (prompts, *_) = evaluate(config, {"half": (half, 1)}, [9] * 4)
     assert prompts == ["a", "b", "c", "d"]
 
 
@@ -618,11 +619,10 @@ def test_an_evaluation_uses_the_average_and_then_puts_the_weights_back(monkeypat
 def test_the_metrics_and_pictures_of_an_evaluation(evaluate, monkeypatch, tmp_path):
     """An image is right if the first reward is 1. The first image of each prompt is kept."""
     monkeypatch.setattr(rewards, "HAVE_A_RIGHT_ANSWER", ("bright",))
-    policy = load_policy(small())
     config = small(eval_prompts=3, eval_per_prompt=2)
     reward = {"bright": (bright, 0.5), "half": (half, 1.0)}
     levels = [255, 0, 254, 255, 51, 102]
-    metrics, _ = evaluate(policy, config, reward, levels)
+    metrics, _ = evaluate(config, reward, levels)
     mean = sum(levels) / 6 / 255
     assert metrics == pytest.approx({
         "eval_reward": 0.5 * mean + 0.5, "eval_reward/bright": mean, "eval_reward/half": 0.5,
@@ -632,7 +632,7 @@ def test_the_metrics_and_pictures_of_an_evaluation(evaluate, monkeypatch, tmp_pa
     assert prompts == ["a", "b", "c"]
     assert scores == pytest.approx([1, 0.5 + 127 / 255, 0.6])
 
-    metrics, _ = evaluate(policy, config, {"half": (half, 1.0), "bright": (bright, 0.5)}, levels)
+    metrics, _ = evaluate(config, {"half": (half, 1.0), "bright": (bright, 0.5)}, levels)
     assert set(metrics) == {"eval_reward", "eval_reward/half", "eval_reward/bright"}
 
 
@@ -1260,12 +1260,16 @@ def test_the_aesthetic_score_is_a_head_on_clips_image(models, by_hand, tmp_path)
         rewards.aesthetic(clip, str(tmp_path / "evil.pth"))
 
 
-def test_geneval_photo_enlarges_an_image_for_the_detector(models, monkeypatch):
+@pytest.fixture(scope="module")
+def photo_reward(models):
+    clip, detector = models
+    return rewards.geneval_photo(detector, clip)
+
+
+def test_geneval_photo_enlarges_an_image_for_the_detector(photo_reward, monkeypatch):
     from transformers import Mask2FormerImageProcessor
     assert rewards.DETECTOR_SIZE == {"shortest_edge": 800, "longest_edge": 1333}
     monkeypatch.setattr(rewards, "DETECTOR_SIZE", {"shortest_edge": 96, "longest_edge": 160})
-    clip, detector = models
-    reward = rewards.geneval_photo(detector, clip)
     heights = []
     real = Mask2FormerImageProcessor.post_process_instance_segmentation
 
@@ -1273,7 +1277,7 @@ def test_geneval_photo_enlarges_an_image_for_the_detector(models, monkeypatch):
         heights.append(outputs.masks_queries_logits.shape[-2])
         return real(processor, outputs, **options)
     monkeypatch.setattr(Mask2FormerImageProcessor, "post_process_instance_segmentation", spy)
-    reward(PHOTOS, "abc", [scene(wanted("dog"))] * 3)  # whatever the random detector finds
+    photo_reward(PHOTOS, "abc", [scene(wanted("dog"))] * 3)  # whatever the random detector finds
     assert heights == [96 // 4] * 3  # the masks have a quarter of the size
 
 
@@ -1282,11 +1286,10 @@ MOUSE = 64
 
 
 @pytest.fixture
-def photo_score(models, monkeypatch):
+def photo_score(photo_reward, monkeypatch):
     """A function: the score of a photo in which the detector finds (left, right, label, sure)"""
     from transformers import Mask2FormerImageProcessor
-    clip, detector = models
-    reward = rewards.geneval_photo(detector, clip)
+    monkeypatch.setattr(rewards, "DETECTOR_SIZE", {"shortest_edge": 64, "longest_edge": 64})
 
     def score(found, *include, tag=""):
         def result(processor, outputs, threshold, target_sizes, return_binary_maps):
@@ -1302,7 +1305,7 @@ def photo_score(models, monkeypatch):
             return [{"segmentation": torch.stack(masks), "segments_info": infos}]
         monkeypatch.setattr(
             Mask2FormerImageProcessor, "post_process_instance_segmentation", result)
-        value, = reward(PHOTOS[:1], ["p"], [scene(*include, tag=tag)])
+        value, = photo_reward(PHOTOS[:1], ["p"], [scene(*include, tag=tag)])
         return value
     return score
 
@@ -1368,10 +1371,9 @@ def test_a_color_is_told_by_the_direction_of_the_mean_of_its_three_phrases():
     assert rewards.name_color(embed, Image.new("RGB", (8, 8)), cup) == "red"
 
 
-def test_geneval_photo_refuses_what_it_cannot_know(models, tmp_path):
-    clip, detector = models
-    check = rewards.geneval_photo(detector, clip).check
-    problem = exits(check, ["p"], [scene(wanted("sofa"))])
+def test_geneval_photo_refuses_what_it_cannot_know(models, photo_reward, tmp_path):
+    clip, _ = models
+    problem = exits(photo_reward.check, ["p"], [scene(wanted("sofa"))])
     assert "the prompt 'p' asks for a sofa;" in problem and "couch" in problem
     tiny.detector(tmp_path, {0: "cat", 1: "dog"})
     problem = exits(rewards.geneval_photo, str(tmp_path), clip)
