@@ -1871,8 +1871,9 @@ def test_only_numbered_folders_are_evaluations(evaluated):
     assert names == ["0000", "0001", "0002"]
 
 
-def test_at_most_12_images_are_kept(tmp_path):
-    flow_grpo.save_images(gray(*range(13)), [{"prompt": "a"}] * 13, [0.0] * 13, tmp_path)
+def test_at_most_12_images_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(flow_grpo, "gather_object", lambda images: images + images)
+    flow_grpo.save_images(gray(*range(13)), [{"prompt": "a"}] * 26, [0.0] * 26, tmp_path)
     images, _, _ = flow_grpo.read_images(tmp_path)
     assert len(images) == len(list(tmp_path.glob("*.png"))) == 12
 
