@@ -7,8 +7,9 @@ likely: here it makes none. So Flow-GRPO makes the sampler random, learns from t
 this causes, and takes the randomness away again at the end:
 
   sde_step          One denoising step, made random: it drops some of the old noise and adds
-                    fresh noise instead. The distribution of the images stays the same if the steps
-                    are small, but each step is now a Gaussian whose density is known: a policy.
+                    fresh noise instead. With the paper's SDE and small steps, the distribution of
+                    the images stays the same, but each step is now a Gaussian whose density is
+                    known: a policy.
   rollout           Samples a group of images for each prompt, in 10 steps instead of 40.
   group_advantages  Compares the reward of each image with the rewards of its own group.
   update            Makes the steps behind the better images more likely and the others less, with
@@ -115,17 +116,20 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #     changes by -div(p * u). Since p * grad(log p) is grad(p), this is -std^2 / 2 * laplacian(p).
 #
 # The two changes cancel at every x, whatever sigma is (appendix A of the paper has the full proof).
-# This is exact for a perfect v and small steps. But 10 steps are not small. On SD3.5's time grid
-# the first one goes from t = 1 to s = 0.96, and its std is a (see `make_step`). So a = 0.7 gives
-# keep = 0.96 - 0.7^2 / 2 = 0.715. Together the old and the fresh noise have a std of
-# sqrt(0.715^2 + 0.7^2) = 1.001, which is 4 % above 0.96. After the second step it is 8 %. In late
-# steps the error is far larger, see `choose_window`.
+# This is exact for a perfect v in the limit of small steps. But 10 steps are not small. On SD3.5's
+# time grid the first one goes from t = 1 to s = 0.96. At t = 1 sigma would be infinite, so the code
+# puts 1-s for 1-t there, which makes std = a. So a = 0.7 gives keep = 0.96 - 0.7^2 / 2 = 0.715.
+# Together the old and the fresh noise have a std of sqrt(0.715^2 + 0.7^2) = 1.001, which is 4 %
+# above 0.96. The second step, to 0.91, begins with this error and adds its own: 8 %. In late steps
+# the error is far larger, see `choose_window`.
 #
 # CPS has keep^2 + std^2 = s^2. If noise_guess were the true noise, this would be right for steps of
-# any size. But noise_guess is an average, which varies less than the true noise, and so x varies
-# less after the step: in the variance of x - c * noise_guess, the term c^2 * var(noise_guess) is
-# too small, and the others are as they should be. After many random steps, a Gaussian mode of the
-# data has only cos(a * pi/4) times its std, which is 15 % too little for a = 0.7. Smaller steps do
+# any size. But noise_guess is an average, and an average varies less. Beside what the ODE does, a
+# step takes c * noise_guess out of x, with c = s - keep. This changes the variance of x by
+# -2c * cov(x, noise_guess) + c^2 * var(noise_guess). With the true noise the first term would be
+# the same and the second one larger, so CPS takes out too much. Early steps lose little, because
+# near t = 1 the guess is nearly the true noise. But if all steps are random, a Gaussian mode of the
+# data ends with cos(a * pi/4) times its std, which is 15 % too narrow for a = 0.7. Smaller steps do
 # not help, as each of them replaces the same share of the noise.
 
 
@@ -294,9 +298,10 @@ def choose_window(config, rng):
     PAPER/CODE: The paper speaks of all steps. The code does not train the last one, and we take it
     by the ODE: it ends at s = 0, so its noise would stay in the image. The step before it adds far
     more noise. On SD3.5's time grid it goes from t = 0.28 to s = 0.009, and its std is 0.225, 25
-    times the noise that belongs there. The last step moves x by only 0.009 * v, so it cannot remove
-    this noise, and with `window` 0 the training images stay visibly noisy. All images of a group
-    are equally noisy, so a reward that bears the noise can still compare them.
+    times the noise that belongs there. Its keep is even negative, as if there were more noise to
+    take out than all of it. The last step moves x by only 0.009 * v, so it cannot remove the fresh
+    noise, and with `window` 0 the training images stay visibly noisy. All images of a group are
+    equally noisy, so a reward that bears the noise can still compare them.
 
     A few early steps avoid this, and they are enough, as the authors found later (Flow-GRPO-Fast):
     the early steps decide what the image shows, so their noise changes the reward most. The update
@@ -565,7 +570,8 @@ def train(config):
     # The evaluations measure all of `watched`. The weight 0 keeps the others out of the sum.
     watched = dict(reward)
     for name, (function, _) in rewards.load(config.eval_reward, "--eval_reward").items():
-        watched.setdefault(name, (function, 0))
+        if name not in watched:
+            watched[name] = (function, 0)
     rewards.check(watched, train_set + test_set)
     policy = load_policy(config)
     warn_about_prompts(policy, config, train_set + test_set)
@@ -1099,7 +1105,8 @@ def check_config(config):
     if config.groups % WORLD.num_processes:
         sys.exit(f"--groups {config.groups}: must be a multiple of the number of processes, "
                  f"{WORLD.num_processes}")
-    images = config.groups // WORLD.num_processes * config.group_size // config.updates
+    own_groups = config.groups // WORLD.num_processes
+    images = own_groups * (config.group_size // config.updates)
     if config.precision == "bf16" and images % config.batch_size:
         sys.exit(f"--batch_size {config.batch_size}: with bf16 it must divide {images}, the number "
                  "of images that a process uses in an update, because rounding depends on the size "
@@ -1170,7 +1177,7 @@ def claim_folder(config):
     folder = Path("runs", config.name)
     if WORLD.is_main_process and not config.name:
         folder = new_folder(rewards.parse(config.reward, "--reward"))
-    folder, = broadcast_object_list([folder])  # from the main process to all
+    folder = broadcast_object_list([folder])[0]  # that of the main process
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -1268,14 +1275,17 @@ def summary(folder, history):
     """What was gained, and which evaluation was the best"""
     evaluated = [row for row in history if "eval_reward" in row]
     best = max(evaluated, key=lambda row: row["eval_reward"])
-    gains = [f"{key} {evaluated[0][key]:.3f} -> {evaluated[-1][key]:.3f}"
-             for key in ("eval_reward", "eval_accuracy") if key in evaluated[0]]
+    gains = []
+    for key in ("eval_reward", "eval_accuracy"):
+        if key in evaluated[0]:
+            gains.append(f"{key} {evaluated[0][key]:.3f} -> {evaluated[-1][key]:.3f}")
     return f"{', '.join(gains)}. The best LoRA is in {folder}/samples/{int(best['epoch']):04d}"
 
 
 def save_images(images, rows, scores, folder):
     """The images of the first 12 prompts, with a file of their prompts and scores"""
-    images = gather_object(images[:12])[:12]  # the first 12 of all processes, in order
+    images = gather_object(images[:12])  # of all processes, in order
+    images = images[:12]
     if not WORLD.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
