@@ -653,7 +653,8 @@ class Policy:
             pipe.transformer.enable_gradient_checkpointing()
         torch.manual_seed(config.seed)  # for the initial LoRA
         # A LoRA adds alpha / rank times the product of two thin matrices to the weights of a layer.
-        # One of the two starts at 0, so training starts at the base model.
+        # One of the two starts at 0, so training starts at the base model. Only these are trained:
+        # 18.8 million weights for SD3.5-Medium, 16.5 million for SANA, 179 million for FLUX.1-dev.
         self.network = peft.get_peft_model(pipe.transformer, peft.LoraConfig(
             r=config.lora_rank,
             lora_alpha=ALPHA_OVER_RANK * config.lora_rank,
@@ -989,7 +990,9 @@ class Config:
     group_size: int = 8
     train_steps: int = 10  # T in training. Enough to tell good from bad
     eval_steps: int = 40  # T in evaluations
-    noise_level: float = 0.7  # a. Too little explores nothing, too much spoils the images
+    # a. Too little explores nothing, too much spoils the images. Without noise, with 0, a step would
+    # have no density
+    noise_level: float = 0.7
     sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS: no extra noise, less variety
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
