@@ -990,8 +990,8 @@ class Config:
     group_size: int = 8
     train_steps: int = 10  # T in training. Enough to tell good from bad
     eval_steps: int = 40  # T in evaluations
-    # a. Too little explores nothing, too much spoils the images. With 0 there is no noise, so a step
-    # would have no density
+    # a. Too little explores nothing, too much spoils the images. 0 is not allowed, because a step
+    # without noise has no density
     noise_level: float = 0.7
     sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS: no extra noise, less variety
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
