@@ -134,7 +134,7 @@ def hacking():
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7, frameon=False)
+    figure.axes[1].legend(fontsize=7, frameon=False, loc="lower left")
     save(figure, "hacking")
 
 
