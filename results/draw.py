@@ -148,7 +148,7 @@ OPTIONS = {
     "std-group": "the std of the group, not of the epoch",
     "clip1e-4": "clip_range 1e-4 instead of 1e-3",
     "beta0": "beta 0 instead of 0.5",
-    "cps": "CPS: noise_level 0.8, beta 0.05",
+    "cps": "CPS, with noise_level 0.8 and beta 0.05",
 }
 
 
