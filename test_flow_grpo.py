@@ -2000,7 +2000,6 @@ def checkpoint_bytes(content):
     lambda good: good[:len(good) // 2],
     lambda good: b"hello",
     lambda good: b"",
-    lambda good: checkpoint_bytes({"options": exits}),  # code. None of it may run.
     lambda good: checkpoint_bytes([1]),
     lambda good: checkpoint_bytes({}),
     lambda good: checkpoint_bytes({"options": {"no_such_option": 1}})])
@@ -2008,6 +2007,18 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(copied_run, damage):
     path = copied_run / "checkpoint.pt"
     path.write_bytes(damage(path.read_bytes()))
     assert "--resume runs/x: its checkpoint.pt" in exits(run, "--resume", "runs/x")
+
+
+class Code:
+    """Whoever loads it without care makes a folder"""
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_a_checkpoint_may_not_run_code(copied_run):
+    (copied_run / "checkpoint.pt").write_bytes(checkpoint_bytes({"options": Code()}))
+    assert "--resume runs/x: its checkpoint.pt" in exits(run, "--resume", "runs/x")
+    assert not Path("evil").exists()
 
 
 def test_a_resumed_run_has_the_options_of_its_checkpoint(copied_run):
