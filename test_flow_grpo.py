@@ -1112,8 +1112,8 @@ def test_the_toys_detector_overlooks_what_is_small_or_pale():
     assert len(world.detect_shapes(shape("circle", (190, 190, 190)))) == 0  # 55 from the paper
 
 
-def test_the_toys_detector_wants_three_quarters_of_a_shape():
-    for corner, seen in ((9, 1), (12, 0)):  # three quarters of a square, and two thirds of one
+def test_the_toys_detector_wants_seven_tenths_of_a_shape():
+    for corner, seen in ((11, 1), (12, 0)):  # a little more than 0.7 of a square, and a little less
         image = shape("square", radius=11)
         image.paste(LIGHT, (14, 14, 14 + corner, 14 + corner))
         assert len(world.detect_shapes(image)) == seen
