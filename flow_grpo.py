@@ -155,9 +155,8 @@ def make_step(times, i, noise_level, sde="flow"):
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
         return Step(t, s, keep, std, kl_std=std)
-    # sigma is infinite at t = 1. So in the first step we divide by 1 - s, like the official code.
-    # This makes its std equal to a, whatever the size of the step. By default the toy trains only
-    # the first step.
+    # At t = 1 we divide by 1 - s, like the official code. This makes the std of the first step equal
+    # to a, whatever its size. By default the toy trains only the first step.
     t_below_1 = torch.where(t == 1, s, t)
     sigma = noise_level * torch.sqrt(t / (1 - t_below_1))
     std = sigma * torch.sqrt(t - s)
