@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 
-def clip_tokenizer(length=77):
-    """A CLIP tokenizer that spells"""
+def clip_tokenizer(length):
+    """A CLIP tokenizer that spells, and fills up or cuts off to so many tokens"""
     from transformers import CLIPTokenizer
     signs = [chr(c) for c in range(33, 127)]
     signs += [sign + "</w>" for sign in signs] + ["<|startoftext|>", "<|endoftext|>"]
@@ -18,7 +18,7 @@ def clip_tokenizer(length=77):
 def text_encoders(width):
     """CLIP's configuration, its tokenizer, T5 and its tokenizer"""
     from transformers import CLIPTextConfig, T5Config, T5EncoderModel, T5Tokenizer
-    tokenizer = clip_tokenizer()
+    tokenizer = clip_tokenizer(32)  # the real one has 77, which would only be slower
     clip = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, projection_dim=32,
         num_hidden_layers=2, num_attention_heads=2, bos_token_id=len(tokenizer) - 2,
