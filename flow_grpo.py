@@ -2,9 +2,9 @@
 
 A flow-matching model such as Stable Diffusion 3.5 turns noise into an image by solving an ordinary
 differential equation (ODE). Only the first noise is random, and the model does not choose it. That
-is a problem for reinforcement learning, which works by making a model's good random choices more
-likely: here it makes none. So Flow-GRPO makes the sampler random, learns from the differences that
-this causes, and takes the randomness away again at the end:
+is a problem for reinforcement learning, which makes a model's good random choices more likely: such
+a model makes no random choices. So Flow-GRPO makes the sampler random, learns from the differences
+that this causes, and takes the randomness away again at the end:
 
   sde_step          One denoising step, made random: it drops some of the old noise and adds
                     fresh noise instead. With the paper's SDE and small steps, the distribution of
@@ -22,7 +22,7 @@ Notation
   x       the latent at time t: x = (1-t) * data + t * noise
   v       the velocity: the network's estimate of noise - data
   a       how random the sampler is, the option noise_level
-  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise at time t
+  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise at time t (below 1)
   T, K    the number of denoising steps, and how many of them are random (SDE steps)
   i, k    the number of a denoising step, from 0 to T-1, and of an SDE step, from 0 to K-1
   B       the number of images in a tensor. Shapes are written in brackets: [B, C, H, W].
@@ -105,63 +105,67 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9 of the paper
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# Why does equation 9 give x the same density p at every time as the ODE? An SDE step does what the
-# ODE's step does, which carries p from time t to time s. And it does two more things:
+# Why does equation 9 give x the same density p at every time as the ODE? A small SDE step does what
+# the ODE's step does, and two more things:
 #
-#   - It adds fresh noise of variance std^2. Noise spreads a density like heat, so p changes by
-#     std^2 / 2 * laplacian(p).
-#   - It keeps less of the estimated noise, so x moves by u = (keep - s) * noise_guess, which is
-#     -std^2 / (2t) * noise_guess. The gradient of log p, which is called the score, is
-#     -noise_guess / t (equation 27). So u = std^2 / 2 * grad(log p). When every x moves by u, p
-#     changes by -div(p * u). Since p * grad(log p) is grad(p), this is -std^2 / 2 * laplacian(p).
+#   1. It adds fresh noise of variance std^2. Noise spreads a density like heat:
+#
+#          p changes by  std^2 / 2 * laplacian(p)
+#
+#   2. It keeps less of the estimated noise. This moves every x by u = (keep - s) * noise_guess,
+#      which is -std^2 / (2t) * noise_guess. The gradient of log p, which is called the score, is
+#      -noise_guess / t (equation 27). So u = std^2 / 2 * grad(log p). Moving every x by u carries
+#      the density along:
+#
+#          p changes by  -div(p * u)  =  -std^2 / 2 * laplacian(p),
+#
+#      because p * grad(log p) is grad(p).
 #
 # The two changes cancel at every x, whatever sigma is (appendix A of the paper has the full proof).
-# This is exact for a perfect v in the limit of small steps. But 10 steps are not small. On SD3.5's
-# time grid the first one goes from t = 1 to s = 0.96. At t = 1 sigma would be infinite, so the code
-# puts 1-s for 1-t there, which makes std = a. So a = 0.7 gives keep = 0.96 - 0.7^2 / 2 = 0.715.
-# Together the old and the fresh noise have a std of sqrt(0.715^2 + 0.7^2) = 1.001, which is 4 %
-# above 0.96. The second step, to 0.91, begins with this error and adds its own: 8 %. In late steps
-# the error is far larger, see `choose_window`.
 #
-# CPS has keep^2 + std^2 = s^2. If noise_guess were the true noise, this would be right for steps of
-# any size. But noise_guess is an average, and an average varies less. Beside what the ODE does, a
-# step takes c * noise_guess out of x, with c = s - keep. This changes the variance of x by
-# -2c * cov(x, noise_guess) + c^2 * var(noise_guess). With the true noise the first term would be
-# the same and the second one larger, so CPS takes out too much. Early steps lose little, because
-# near t = 1 the guess is nearly the true noise. But if all steps are random, a Gaussian mode of the
-# data ends with cos(a * pi/4) times its std, which is 15 % too narrow for a = 0.7. Smaller steps do
-# not help, as each of them replaces the same share of the noise.
+# This is exact for a perfect v and infinitely small steps. But 10 steps are not small. On SD3.5's
+# time grid the first one goes from t = 1 to s = 0.96. At t = 1 sigma would be infinite. The code
+# divides by 1-s instead of 1-t there, which makes std = a. So a = 0.7 gives
+# keep = 0.96 - 0.7^2 / 2 = 0.715. Together the kept and the fresh noise have a std of
+# sqrt(0.715^2 + 0.7^2) = 1.001. It should be s = 0.96, so x is 4 % too noisy. After the second
+# step it is 8 %. In late steps the error is far larger, see `choose_window`.
+#
+# CPS has keep^2 + std^2 = s^2. It takes c * noise_guess out of x, with c = s - keep, which lowers
+# the variance of x by 2cs - c^2 * var(noise_guess). The fresh noise adds std^2. The two would be
+# equal if noise_guess had a variance of 1, like the true noise. But noise_guess is an average, and
+# an average varies less, so x loses variance. Near t = 1 it loses little, because there noise_guess
+# is nearly the true noise. But if all steps are random, a Gaussian mode of the data ends with
+# cos(a * pi/4) times its std: 15 % too narrow for a = 0.7. Smaller steps do not help, because each
+# of them replaces the same share of the noise.
 
 
 class Step(NamedTuple):
     """A denoising step from t to s. All are [1, 1, 1, 1], or [B, 1, 1, 1], a number per image."""
     t: torch.Tensor
     s: torch.Tensor
-    keep: torch.Tensor    # how much of noise_guess stays
-    std: torch.Tensor     # how much fresh noise is added
-    kl_std: torch.Tensor  # what kl_penalty divides by: sigma for the flow SDE, std for CPS
+    keep: torch.Tensor  # how much of noise_guess stays
+    std: torch.Tensor  # how much fresh noise is added
+    kl_scale: torch.Tensor  # what kl_penalty divides by: sigma for the flow SDE, std for CPS
 
 
 def make_step(times, i, noise_level, sde="flow"):
     """Step number i of the time grid [T+1] -> Step. i can be a tensor [B], a number per image.
 
     The sigma of the flow SDE is large near t = 1, where nothing about the image is decided and
-    there is a lot to explore. Towards t = 0, where fresh noise stays visible, it falls to 0, but
-    not fast enough for 10 steps (see `choose_window`).
+    there is a lot to explore. It falls to 0 towards t = 0, where fresh noise stays visible. But
+    with only 10 steps, the late ones still add too much noise (see `choose_window`).
     """
     t = times[i].view(-1, 1, 1, 1)
     s = times[i + 1].view(-1, 1, 1, 1)
     if sde == "cps":
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
-        return Step(t, s, keep, std, kl_std=std)
-    # At t = 1 we divide by 1 - s, like the official code. This makes the std of the first step equal
-    # to a, whatever its size. By default the toy trains only the first step.
-    t_below_1 = torch.where(t == 1, s, t)
-    sigma = noise_level * torch.sqrt(t / (1 - t_below_1))
+        return Step(t, s, keep, std, kl_scale=std)
+    one_minus_t = torch.where(t == 1, 1 - s, 1 - t)  # at t = 1 like the official code
+    sigma = noise_level * torch.sqrt(t / one_minus_t)
     std = sigma * torch.sqrt(t - s)
     keep = s - std**2 / (2 * t)
-    return Step(t, s, keep, std, kl_std=sigma)
+    return Step(t, s, keep, std, kl_scale=sigma)
 
 
 def sde_mean(x, v, step):
@@ -177,12 +181,18 @@ def sde_mean(x, v, step):
     return (1 - step.s) * data_guess + step.keep * noise_guess
 
 
-def sde_step(x, v, step, fresh_noise=None, x_next=None):
-    """One step of the policy -> x_next [B, C, H, W], its log_prob [B], and the mean [B, C, H, W].
+def sde_step(x, v, step, fresh_noise):
+    """One step of the policy. x, v and fresh_noise are [B, C, H, W] -> x_next and its log_prob"""
+    mean = sde_mean(x, v, step)
+    x_next = mean + step.std * fresh_noise
+    return x_next, gaussian_log_prob(x_next, mean, step.std)
 
-    The rollout passes fresh_noise and gets a new x_next. The update passes the x_next that was
-    sampled and gets its log_prob under the new policy. One function does both, so that old and new
-    log_prob are computed by the same lines.
+
+def gaussian_log_prob(x_next, mean, std):
+    """How likely a step was. x_next and mean are [B, C, H, W] -> [B]
+
+    The rollout asks this about the x_next that it has just sampled. The update asks it again about
+    the same x_next, with the mean that the new policy gives.
 
     What does the gradient of log_prob do? x_next is the mean plus the fresh noise that this image
     happened to get. Raising log_prob moves the mean towards this x_next, lowering it moves the mean
@@ -192,33 +202,30 @@ def sde_step(x, v, step, fresh_noise=None, x_next=None):
     over them instead, and so do we. `clipped_loss` says what this means for the ratio.
 
     PAPER/CODE: For CPS the code uses -(x_next - mean)^2 as the log-density. We keep the Gaussian's
-    factor 1 / (2 * std^2). It is near 1 in early steps, but very large in late ones, where std is
-    small, so these would dominate the gradient. Use an early window with CPS.
+    factor 1 / (2 * std^2). In the early steps this factor is below 1. In the late ones std is
+    small, so the factor is very large, and the late steps would dominate the gradient. Use an early
+    window with CPS.
     """
-    mean = sde_mean(x, v, step)
-    if x_next is None:
-        x_next = mean + step.std * fresh_noise
-    z = (x_next - mean) / step.std
-    log_density = -0.5 * z**2 - torch.log(step.std) - 0.5 * math.log(2 * math.pi)
-    log_prob = log_density.flatten(1).mean(1)
-    return x_next, log_prob, mean
+    z = (x_next - mean) / std
+    log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    return log_density.flatten(1).mean(1)
 
 
-def kl_penalty(mean, mean_ref, kl_std):
+def kl_penalty(mean, mean_ref, kl_scale):
     """How far a step is from the base model's step. The means are [B, C, H, W] -> [B]
 
-    A reward is a stand-in for what we really want. Far from the base model the reward gives high
-    scores to images that people do not like. This is reward hacking. The KL penalty makes it
-    expensive to go there.
+    A reward is a stand-in for what we really want. Far from the base model it also gives high
+    scores to images that people do not like, and a model that produces such images is hacking the
+    reward. The KL penalty makes it expensive to move that far.
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
-    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions, as
-    it does for log_prob, so both terms of the loss are divided by D. And for the flow SDE it
-    divides by sigma^2 instead of std^2 = sigma^2 * (t-s), so its KL is smaller by the factor t-s.
-    The published beta of 0.04 is for this form. For CPS the code does divide by std^2, so there the
-    same beta is stronger.
+    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code differs from this in two ways. It
+    takes the mean over the dimensions, as it does for log_prob, so both terms of the loss are
+    divided by D. And for the flow SDE it divides by sigma^2, where std^2 would be sigma^2 * (t-s).
+    So the KL of a step is multiplied by the size of the step, t-s. The published beta of 0.04 is
+    for this form. For CPS the code does divide by std^2, so there the same beta is stronger.
     """
-    penalty = (mean - mean_ref) ** 2 / (2 * kl_std**2)
+    penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
 
 
@@ -235,9 +242,11 @@ def group_advantages(scores, std_over="epoch"):
     """
     # In float64 the sum of equal float32 numbers is exact, so equal scores get exactly 0.
     scores = scores.double()
-    dims = (0, 1) if std_over == "epoch" else 1
-    std = scores.std(dims, unbiased=False, keepdim=True)
     better = scores - scores.mean(1, keepdim=True)
+    if std_over == "epoch":
+        std = scores.std(unbiased=False)
+    else:
+        std = scores.std(1, unbiased=False, keepdim=True)
     advantages = better / (std + 1e-4)
     return advantages.clamp(-5, 5).float()
 
@@ -248,21 +257,21 @@ def clipped_loss(ratio, advantages, clip_range):
         the mean of  min(ratio * advantage, clip(ratio) * advantage) - beta * KL
 
     The ratio says how much more likely a step is now than when it was sampled. Ours is the D-th
-    root of the true ratio, because log_prob is a mean over D dimensions.
+    root of the true ratio, because log_prob is a mean over D dimensions. So clip ranges are very
+    small: D is 65,536 for SD3.5 at 512 pixels, and 1.0001, the end of the published clip range, is
+    a true ratio of 1.0001^65536, about 700. The toy has a D of 1,152.
 
     In the first update of an epoch the ratio is 1, so the loss has the gradient
     -advantage * grad(log_prob): a plain policy gradient.
 
     Later updates use images of an older policy, which say little about a policy that is far from
-    it. So clipping keeps the new one near. Once a positive advantage has pushed the ratio above the
-    range, or a negative one below it, min picks the clipped term, whose gradient is 0. In the other
-    direction nothing is clipped, so that a wrong move can be undone.
+    it. So clipping keeps the new policy near the old one. If the advantage is positive, there is no
+    gradient any more once the ratio is above the range. If it is negative, there is none once the
+    ratio is below the range. A move in the wrong direction is never clipped, so it can be undone.
 
-    With the true ratio, the loss would also give old images the weight that they have under the new
-    policy (importance sampling). The root is too close to 1 for that. It only measures how far the
-    policy has moved, which is all that clipping needs. Because of the root, clip ranges are very
-    small: D is 65,536 for SD3.5 at 512 pixels, so 1.0001 here, the end of the published clip range,
-    is a true ratio of 1.0001^65536, about 700. The toy has a D of 1,152.
+    The true ratio would also correct for the images being those of the old policy (importance
+    sampling). Ours is always near 1, so it corrects next to nothing. It only measures how far the
+    policy has moved, which is all that clipping needs.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -292,15 +301,16 @@ def choose_window(config, rng):
     """Which steps are SDE steps -> range. Only these are trained.
 
     They are `window` steps in a row, which begin at a random step from 0 to `latest_start`. If
-    `window` is 0, they are all steps but the last, as in the paper's experiments.
+    `window` is 0, they are all steps but the last, as in the official code.
 
-    PAPER/CODE: The paper speaks of all steps. The code does not train the last one, and we take it
-    by the ODE: it ends at s = 0, so its noise would stay in the image. The step before it adds far
-    more noise. On SD3.5's time grid it goes from t = 0.28 to s = 0.009, and its std is 0.225, 25
-    times the noise that belongs there. Its keep is even negative, as if there were more noise to
-    take out than all of it. The last step moves x by only 0.009 * v, so it cannot remove the fresh
-    noise, and with `window` 0 the training images stay visibly noisy. All images of a group are
-    equally noisy, so a reward that bears the noise can still compare them.
+    PAPER/CODE: The paper speaks of all steps. But the last one ends at s = 0, so its noise would
+    stay in the image. The code does not train it, and we follow the ODE there.
+
+    The last but one is bad enough. On SD3.5's time grid it goes from t = 0.28 to s = 0.009 with a
+    std of 0.225, which is 25 times the noise that an x at s = 0.009 should have. Its keep is even
+    negative. The last step moves x by only 0.009 * v and cannot remove this noise, so with
+    `window` 0 the training images stay visibly noisy. All images of a group are equally noisy, so a
+    reward that tolerates noise can still compare them.
 
     A few early steps avoid this, and they are enough, as the authors found later (Flow-GRPO-Fast):
     the early steps decide what the image shows, so their noise changes the reward most. The update
@@ -351,9 +361,8 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
                 if k == 0:
                     latents[batch, 0] = x
                 fresh_noise = randn_tensor(x.shape, fresh[batch], x.device)
-                x, step_log_prob, _ = sde_step(x, v, step, fresh_noise)
+                x, log_prob[batch, k] = sde_step(x, v, step, fresh_noise)
                 latents[batch, k + 1] = x
-                log_prob[batch, k] = step_log_prob
             else:
                 x = x + v * (step.s - step.t)  # the ODE
         images += policy.decode(x)
@@ -369,8 +378,9 @@ def update(policy, config, drawn, advantages):
     """The updates of an epoch -> metrics. drawn and advantages [B] belong to this process.
 
     The first update gets the first part of each group, the second the next part, and so on.
+    So each image is used once.
     PAPER/CODE: The code shuffles the images of the epoch first. We need not, because the images of
-    a group are all drawn in the same way, so any part of them is as random as any other.
+    a group are all drawn in the same way, and any part of them is as good as any other.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
     keeps them. We keep them, because they still have a KL penalty, if beta is not 0.
@@ -380,7 +390,8 @@ def update(policy, config, drawn, advantages):
     sde_steps = torch.arange(len(drawn.window))
 
     kls, ratios, norms = [], [], []
-    for updates_before, part in enumerate(image_numbers.chunk(config.updates, dim=1)):
+    parts = image_numbers.chunk(config.updates, dim=1)
+    for updates_before, part in enumerate(parts):
         pairs = torch.cartesian_prod(part.flatten(), sde_steps)  # each image with each SDE step
         count = len(pairs) * WORLD.num_processes
         for batch in progress(pairs.split(config.batch_size), "update"):
@@ -396,9 +407,9 @@ def update(policy, config, drawn, advantages):
 
     kl = gather(torch.cat(kls))
     moved = gather(torch.cat(ratios)) - 1
-    # Which share of the epoch's ratios is outside of the clip range, whatever their advantage. In
-    # the first update all ratios are 1, so with 2 updates it is at most 1/2. README has a table of
-    # what to do if these metrics look wrong.
+    # The share of ratios outside of the clip range, whatever their advantage. With 2 updates it is
+    # at most 1/2, because in the first one all ratios are 1. README has a table of what to do if
+    # these metrics look wrong.
     too_low = moved < -config.clip_range
     too_high = moved > config.clip_range
     return {
@@ -413,19 +424,20 @@ def update(policy, config, drawn, advantages):
 def losses(policy, config, drawn, advantages, batch):
     """The terms of equation 5 -> policy_loss, kl, ratio, all [b]
 
-    The batch [b, 2] has pairs: the number of an image, and the number of an SDE step.
+    The batch [b, 2] has b pairs: the number of an image, and the number of an SDE step.
     """
-    image, k = batch.unbind(1)
-    x = drawn.latents[image, k]
-    x_next = drawn.latents[image, k + 1]
-    old_log_prob = drawn.log_prob[image, k]
-    advantage = advantages[image].to(x.device)
-    condition = [c[image] for c in drawn.condition]
+    number, k = batch.unbind(1)
+    x = drawn.latents[number, k]
+    x_next = drawn.latents[number, k + 1]
+    old_log_prob = drawn.log_prob[number, k]
+    advantage = advantages[number].to(x.device)
+    condition = [c[number] for c in drawn.condition]
     i = drawn.window.start + k
     step = make_step(drawn.times, i, config.noise_level, config.sde)
 
     v = policy.velocity(x, step.t, condition)
-    _, log_prob, mean = sde_step(x, v, step, x_next=x_next)
+    mean = sde_mean(x, v, step)
+    log_prob = gaussian_log_prob(x_next, mean, step.std)
     ratio = torch.exp(log_prob - old_log_prob)
     policy_loss = clipped_loss(ratio, advantage, config.clip_range)
 
@@ -434,15 +446,15 @@ def losses(policy, config, drawn, advantages, batch):
     with torch.no_grad(), policy.reference():
         v_ref = policy.velocity(x, step.t, condition)
     mean_ref = sde_mean(x, v_ref, step)
-    kl = kl_penalty(mean, mean_ref, step.kl_std)
+    kl = kl_penalty(mean, mean_ref, step.kl_scale)
     return policy_loss, kl, ratio
 
 
 def check_ratio(ratio, clip_range, is_first):
-    """Before the first update, the policy is the one that sampled. So every ratio must be 1.
+    """Before the first update of an epoch, the policy is the one that sampled: every ratio is 1.
 
     Rounding in the network moves it a little, by up to 1e-5 in float32. We allow half of the clip
-    range, but never less than 1e-5 nor more than 1e-4.
+    range, but at least 1e-5 and at most 1e-4.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -513,14 +525,15 @@ def evaluate(policy, config, watched, test_set, folder):
     """Sample the test prompts with the ODE -> metrics. The images go to the folder.
 
     We train a random sampler and use it without randomness. Why does that work? The SDE and the ODE
-    follow the same v, so what moves the mean of an SDE step moves the ODE the same way. And where
-    the SDE keeps the distribution of x, v is trained on the same x that the ODE will see. In early
-    steps this is nearly so. A short window trains v at a few times only. The other times share its
-    LoRA and change as well, but nothing guarantees that this helps. The evaluation shows whether it
+    follow the same v, so what moves the mean of an SDE step moves the ODE the same way. And as the
+    SDE nearly keeps the distribution of x in early steps, v is trained on such x as the ODE will
+    see. A short window trains v at a few times only. At the other times v changes, too, because one
+    LoRA serves all times. Nothing guarantees that this helps, but the evaluation shows whether it
     does.
 
-    The weights are a moving average, which is less noisy than any single update. The seeds are the
-    same in every evaluation, whatever --seed is, so that all runs can be compared.
+    We evaluate a moving average of the LoRA's weights, which is less noisy than any single update.
+    The seeds are the same in every evaluation, whatever --seed is, so that all runs can be
+    compared.
 
     Accuracy is the share of images that the first reward finds entirely right. For GenEval this is
     stricter than the benchmark's own, which accepts extra objects in all tasks but counting.
@@ -960,7 +973,7 @@ def warn_about_prompts(policy, config, rows):
 # -------------------------------------------------------------------------------------- 6. options
 @dataclass
 class Config:
-    preset: str = ""  # one of PRESETS. If empty and one is called like the reward, that one
+    preset: str = ""  # one of PRESETS. If empty, that with the name of the reward, if there is one
     reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
     eval_reward: str = ""  # rewards that are only measured, to see whether the other is hacked
     # Folder or hub name of an SD3, FLUX or SANA pipeline. Name a preset as well, because the other
@@ -1022,8 +1035,8 @@ class Config:
 # beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.
 # PAPER/CODE: The code trains in fp16. We use bf16, which has the range of float32, so that no loss
 # has to be scaled.
-# PAPER/CODE: In every 8th update the code renews its moving average twice, with the same weights.
-# Two decays of 0.9 are one of 0.81.
+# PAPER/CODE: In every 8th update the code renews its moving average twice, with a decay of 0.9. We
+# do it once with 0.9^2 = 0.81, which is the same.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
@@ -1063,8 +1076,10 @@ PRESETS = {
 
 
 def parse_config(argv=None):
-    """An option of the command line wins. Otherwise its value is that of the run to resume or of
-    the preset, and otherwise that of Config.
+    """The options of a run -> Config
+
+    The value of an option is that of the command line. If it is not there, it is that of the run to
+    resume or of the preset, and if it is not there either, that of Config.
 
     tyro must know the defaults before it parses. So it parses twice: first with those of Config, to
     see which preset or run is asked for, then with the values of these as the defaults.

@@ -33,7 +33,7 @@ from PIL import Image
 
 import flow_grpo
 import rewards
-from flow_grpo import Config, load_policy, make_step, sde_mean, sde_step
+from flow_grpo import Config, gaussian_log_prob, load_policy, make_step, sde_mean, sde_step
 from toy import tiny, world
 
 torch.set_num_threads(1)  # for tensors as small as here, more threads only wait for each other
@@ -89,23 +89,24 @@ each_step = pytest.mark.parametrize("sde, noise_level, i", [
 def test_a_step_gives_the_official_numbers(sde, noise_level, i):
     expected = OFFICIAL[sde][str(i)]
     step = make_step(torch.tensor(OFFICIAL["times"]), i, noise_level, sde)
-    x_next, log_prob, mean = sde_step(X, V, step, fresh_noise=NOISE)
+    x_next, log_prob = sde_step(X, V, step, NOISE)
+    mean = sde_mean(X, V, step)
     close(x_next.flatten(), expected["x_next"])
     close(mean.flatten(), expected["mean"])
-    close(step.kl_std.item(), expected["kl_std"])
+    close(step.kl_scale.item(), expected["kl_std"])
     if sde == "flow":  # the official log-density of CPS has no variance in it
         close(log_prob, expected["log_prob"])
-    kl = flow_grpo.kl_penalty(mean, sde_mean(X, V_REF, step), step.kl_std)
+    kl = flow_grpo.kl_penalty(mean, sde_mean(X, V_REF, step), step.kl_scale)
     close(kl.mean() / expected["kl"], 1.0, 1e-3)
-    _, log_prob_again, _ = sde_step(X, V, step, x_next=x_next)
-    assert torch.equal(log_prob_again, log_prob)  # bit for bit
+    assert torch.equal(gaussian_log_prob(x_next, mean, step.std), log_prob)  # bit for bit
 
 
 @each_step
 def test_log_prob_and_kl_are_those_of_a_gaussian(sde, noise_level, i):
     """Both are means over the dimensions. The KL of the flow SDE is multiplied by t-s."""
     step = make_step(torch.tensor(OFFICIAL["times"]), i, noise_level, sde)
-    x_next, log_prob, mean = sde_step(X, V, step, fresh_noise=NOISE)
+    x_next, log_prob = sde_step(X, V, step, NOISE)
+    mean = sde_mean(X, V, step)
     mean_ref = sde_mean(X, V_REF, step)
     policy = torch.distributions.Normal(mean, step.std)
     base = torch.distributions.Normal(mean_ref, step.std)
@@ -113,7 +114,7 @@ def test_log_prob_and_kl_are_those_of_a_gaussian(sde, noise_level, i):
     kl = torch.distributions.kl_divergence(policy, base).mean((1, 2, 3))
     if sde == "flow":
         kl = kl * (step.t - step.s).item()
-    penalty = flow_grpo.kl_penalty(mean, mean_ref, step.kl_std)
+    penalty = flow_grpo.kl_penalty(mean, mean_ref, step.kl_scale)
     close(penalty / kl, torch.ones(2), 1e-3)
 
 
@@ -130,7 +131,7 @@ def test_a_step_is_equation_9_and_without_noise_the_euler_step(noise_level):
     step = make_step(torch.linspace(1, 0, 11), torch.tensor([0, 8]), noise_level)
     close(step.t, t)
     close(step.s, s)
-    close(step.kl_std, sigma)
+    close(step.kl_scale, sigma)
     close(step.std, sigma * (t - s).sqrt())
     close(sde_mean(X, V, step), mean)
 
@@ -153,7 +154,7 @@ def test_the_sde_keeps_the_marginals_of_the_ode_at_every_time(share_of_the_corre
         step = make_step(times, i, noise_level=0.7)
         step = step._replace(keep=step.s - share_of_the_correction * (step.s - step.keep))
         v = (step.t - (1 - step.t) * 0.5**2) / std(step.t) ** 2 * x  # E[noise - data], given x
-        x, _, _ = sde_step(x, v, step, fresh_noise=torch.randn_like(x))
+        x, _ = sde_step(x, v, step, torch.randn_like(x))
         error = x.std() / std(step.s) - 1
         errors.append(error.abs().item())
     allowed = 0.028  # five standard errors of 40,000 samples, and 0.01 for the size of the steps
@@ -261,7 +262,7 @@ def draw_by_hand(policy, image, window):
         if not latents:
             latents.append(x[0])
         step = make_step(times, i, config.noise_level, config.sde)
-        x, log_prob, _ = sde_step(x, v, step, torch.randn(1, 4, 16, 16, generator=fresh))
+        x, log_prob = sde_step(x, v, step, torch.randn(1, 4, 16, 16, generator=fresh))
         latents.append(x[0])
         log_probs.append(log_prob[0])
     decoded, = policy.decode(x)
@@ -361,12 +362,13 @@ def equation_5(policy, drawn, advantages, images):
             x = drawn.latents[[image], k]
             x_next = drawn.latents[[image], k + 1]
             v = policy.velocity(x, step.t, condition)
-            _, log_prob, mean = sde_step(x, v, step, x_next=x_next)
+            mean = sde_mean(x, v, step)
+            log_prob = gaussian_log_prob(x_next, mean, step.std)
             ratio = torch.exp(log_prob - drawn.log_prob[image, k])
             with policy.reference(), torch.no_grad():
                 v_ref = policy.velocity(x, step.t, condition)
             mean_ref = sde_mean(x, v_ref, step)
-            kl = ((mean - mean_ref) ** 2).mean() / (2 * step.kl_std.item() ** 2)
+            kl = ((mean - mean_ref) ** 2).mean() / (2 * step.kl_scale.item() ** 2)
             losses.append(-ratio * advantages[image] + config.beta * kl)
     torch.cat(losses).mean().backward()
     return take_gradient(policy)

@@ -203,7 +203,7 @@ def sample(T, sde, noise_level, drift=True, samples=100_000):
         if noise_level == 0 or i == T - 1:
             x = x + v * (step.s - step.t)
         elif drift:
-            x, _, _ = flow_grpo.sde_step(x, v, step, fresh_noise)
+            x, _ = flow_grpo.sde_step(x, v, step, fresh_noise)
         else:  # noise is added, but nothing is taken away for it
             x = x + v * (step.s - step.t) + step.std * fresh_noise
         path.append(x.flatten())
