@@ -5,7 +5,6 @@ runs/, where results/run_all.py has left them.
 """
 import json
 import math
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -23,7 +22,6 @@ import rewards  # noqa: E402
 
 # One color for one thing in all pictures (Okabe and Ito's, which color-blind people can tell apart)
 ODE, SDE, CPS, WRONG = "black", "#0072B2", "#E69F00", "#D55E00"
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 def runs(name):
@@ -34,63 +32,93 @@ def runs(name):
 
 
 def finals(name, key):
-    """The last evaluation of all seeds of a setting: a list of numbers"""
+    """A number of the last evaluation, for all seeds of a setting"""
     return [row["final"][key] for row in runs(name)]
 
 
 def spread(values):
     """The mean, and in brackets the worst and the best"""
-    text = f"{np.mean(values):.3f}"
-    return text if len(values) < 2 else f"{text} ({min(values):.3f} to {max(values):.3f})"
+    mean = f"{np.mean(values):.3f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
 def write_table(name, header, rows):
     """Into README.md and results/README.md, wherever <!-- name --> is"""
-    lines = [header, ["---"] * len(header), *rows]
-    table = "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+    table = ""
+    for line in [header, ["---"] * len(header), *rows]:
+        cells = [str(cell) for cell in line]
+        table += "| " + " | ".join(cells) + " |\n"
+    begin = f"<!-- {name} -->\n"
+    end = "<!-- end -->"
     for page in (RESULTS.parent / "README.md", RESULTS / "README.md"):
         text = page.read_text("utf-8")
-        place = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
-        page.write_text(place.sub(lambda found: found[1] + table + found[2], text), "utf-8")
+        if begin in text:
+            before, after = text.split(begin)
+            _, after = after.split(end, 1)
+            page.write_text(before + begin + table + end + after, "utf-8")
 
 
-def tables():
+def results_table():
+    header = ["test prompts", "command", "before", "after: mean (worst to best)", "seeds",
+              "the paper, on SD3.5-Medium"]
     rows = []
-    for task, command, key, judged, paper in (
-            ("text", "ocr", "eval_accuracy", "words read without a mistake", "0.59 to 0.92"),
-            ("scenes", "geneval", "eval_accuracy", "all as asked", "0.63 to 0.95"),
-            ("preference", "toy_pickscore", "eval_reward", "a small PickScore", "0.835 to 0.897")):
-        name = command.removeprefix("toy_")
-        values = finals(f"{name}/default", key)
-        before, = finals(f"base/{name}", key)
-        rows.append([f"{task}: {judged}", f"`--reward {command}`", f"{before:.3f}", spread(values),
-                     len(values), paper])
-    write_table("results", ["test prompts", "command", "before", "after: mean (worst to best)",
-                            "seeds", "the paper, on SD3.5-Medium"], rows)
+    for task, judged, reward, run, key, paper in (
+            ("text", "words read without a mistake", "ocr", "ocr", "eval_accuracy", "0.59 to 0.92"),
+            ("scenes", "all as asked", "geneval", "geneval", "eval_accuracy", "0.63 to 0.95"),
+            ("preference", "a small PickScore", "toy_pickscore", "pickscore", "eval_reward",
+             "0.835 to 0.897")):
+        before = finals(f"base/{run}", key)
+        after = finals(f"{run}/default", key)
+        rows.append([f"{task}: {judged}", f"`--reward {reward}`", spread(before), spread(after),
+                     len(after), paper])
+    write_table("results", header, rows)
 
-    keys = [f"eval_accuracy/{task}" for task in TASKS]
-    before = [f"{finals('base/geneval', key)[0]:.2f}" for key in keys]
-    after = [f"{np.mean(values):.2f} ({min(values):.2f})"
-             for values in (finals("geneval/default", key) for key in keys)]
-    write_table("tasks", ["GenEval", *(task.replace("_", " ") for task in TASKS)],
-                [["before", *before], ["after: mean (worst)", *after]])
 
+def tasks_table():
+    header = ["GenEval"]
+    before = ["before"]
+    after = ["after: mean (worst)"]
+    for task in ("single_object", "two_object", "counting", "colors", "position", "color_attr"):
+        key = f"eval_accuracy/{task}"
+        base, = finals("base/geneval", key)
+        trained = finals("geneval/default", key)
+        header.append(task.replace("_", " "))
+        before.append(f"{base:.2f}")
+        after.append(f"{np.mean(trained):.2f} ({min(trained):.2f})")
+    write_table("tasks", header, [before, after])
+
+
+def denoising_table():
+    header = ["steps in training", "random steps", "words read", "seeds", "seconds of an epoch"]
     rows = []
-    for setting, steps, random_steps in (
-            ("T40", 40, "4"), ("T10", 10, "1"), ("T5", 5, "1"),
-            ("noisy-T40", 40, "all but the last"), ("noisy-T10", 10, "all but the last")):
-        values = finals(f"words/{'default' if setting == 'T10' else setting}", "eval_accuracy")
-        rows.append([steps, random_steps, spread(values) if values else "not measured", len(values),
-                     epoch_seconds(f"time/{setting}")])
-    write_table("denoising", ["steps in training", "random steps", "words read", "seeds",
-                              "seconds of an epoch"], rows)
+    for steps, random_steps, words, seconds in (
+            (40, "4", "words/T40", "time/T40"),
+            (10, "1", "words/default", "time/T10"),
+            (5, "1", "words/T5", "time/T5"),
+            (40, "all but the last", "words/noisy-T40", "time/noisy-T40"),
+            (10, "all but the last", "words/noisy-T10", "time/noisy-T10")):
+        read = finals(words, "eval_accuracy")
+        rows.append([steps, random_steps, spread(read), len(read), epoch_seconds(seconds)])
+    write_table("denoising", header, rows)
 
 
 def epoch_seconds(name):
     """Of training epochs, without those that also evaluate"""
-    seconds = [value for row in runs(name) for epoch, value in row["curves"]["seconds"]
-               if epoch not in dict(row["curves"]["eval_reward"])]
-    return f"{np.mean(seconds):.1f}" if seconds else ""
+    found = []
+    for row in runs(name):
+        evaluated = [epoch for epoch, _ in row["curves"]["eval_reward"]]
+        for epoch, seconds in row["curves"]["seconds"]:
+            if epoch not in evaluated:
+                found.append(seconds)
+    return f"{np.mean(found):.1f}"
+
+
+def tables():
+    results_table()
+    tasks_table()
+    denoising_table()
 
 
 def save(figure, name):
@@ -102,39 +130,44 @@ def save(figure, name):
 def curves():
     """The evaluations of every seed, for the three tasks"""
     figure = Figure(figsize=(8.8, 2.8), dpi=100, layout="constrained")
-    plots = figure.subplots(1, 3)
-    for axes, (name, key, title, unit) in zip(plots, (
-            ("ocr/default", "eval_accuracy", "text", "share of words read without a mistake"),
-            ("geneval/default", "eval_accuracy", "scenes (GenEval)", "share with all as asked"),
-            ("pickscore/default", "eval_reward", "preference", "score of the toy's PickScore"))):
+    text, scenes, preference = figure.subplots(1, 3)
+    for axes, name, key in (
+            (text, "ocr/default", "eval_accuracy"),
+            (scenes, "geneval/default", "eval_accuracy"),
+            (preference, "pickscore/default", "eval_reward")):
         for row in runs(name):
             epochs, values = zip(*row["curves"][key])
             axes.plot(epochs, values, ".-", color=SDE, alpha=0.6)
-        axes.set_title(title, fontsize=9)
-        axes.set_ylabel(unit, fontsize=8)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    for axes in plots[:2]:
-        axes.set_ylim(0.5, 1)
+    text.set_title("text", fontsize=9)
+    text.set_ylabel("share of words read without a mistake", fontsize=8)
+    text.set_ylim(0.5, 1)
+    scenes.set_title("scenes (GenEval)", fontsize=9)
+    scenes.set_ylabel("share with all as asked", fontsize=8)
+    scenes.set_ylim(0.5, 1)
+    preference.set_title("preference", fontsize=9)
+    preference.set_ylabel("score of the toy's PickScore", fontsize=8)
     save(figure, "curves")
 
 
 def hacking():
     """Preference, trained far too hard with the KL penalty and without it"""
     figure = Figure(figsize=(8.8, 2.8), dpi=100, layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, 3), (
-            ("eval_reward", "trained: score of the toy's PickScore"),
-            ("eval_reward/toy_taste", "watched: the taste behind it, 0 to 1"),
-            ("eval_reward/diversity", "watched: difference of a prompt's images"))):
-        for name, color, label in (("hacking/beta0.3", SDE, "beta 0.3"),
-                                   ("hacking/beta0", WRONG, "beta 0")):
-            for row, line in zip(runs(name), (".-", ".--", ".:")):
+    reward, taste, diversity = figure.subplots(1, 3)
+    for axes, key in ((reward, "eval_reward"), (taste, "eval_reward/toy_taste"),
+                      (diversity, "eval_reward/diversity")):
+        for beta, color in ((0.3, SDE), (0, WRONG)):
+            for row, line in zip(runs(f"hacking/beta{beta}"), (".-", ".--", ".:")):
                 epochs, values = zip(*row["curves"][key])
-                axes.plot(epochs, values, line, color=color, label=f"{label}, seed {row['seed']}")
-        axes.set_title(title, fontsize=8)
+                label = f"beta {beta}, seed {row['seed']}"
+                axes.plot(epochs, values, line, color=color, label=label)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    figure.axes[1].legend(fontsize=7, frameon=False, loc="lower left")
+    reward.set_title("trained: score of the toy's PickScore", fontsize=8)
+    taste.set_title("watched: the taste behind it, 0 to 1", fontsize=8)
+    diversity.set_title("watched: difference of a prompt's images", fontsize=8)
+    taste.legend(fontsize=7, frameon=False, loc="lower left")
     save(figure, "hacking")
 
 
@@ -191,7 +224,7 @@ def best_v(x, t):
 
 
 def sample(T, sde, noise_level, drift=True, samples=100_000):
-    """x [samples] at each of the T+1 times, with SDE steps in all steps but the last"""
+    """x [samples] at each of T+1 equal times. All steps but the last are SDE steps."""
     times = torch.linspace(1, 0, T + 1)
     torch.manual_seed(0)
     x = torch.randn(samples, 1, 1, 1)
@@ -207,7 +240,7 @@ def sample(T, sde, noise_level, drift=True, samples=100_000):
         else:  # noise is added, but nothing is taken away for it
             x = x + v * (step.s - step.t) + step.std * fresh_noise
         path.append(x.flatten())
-    return times, path
+    return path
 
 
 def width(x):
@@ -222,27 +255,37 @@ def marginals():
     """Is x distributed as it should be? At t = 0.5 and in the end, with 40 steps and with 10"""
     figure = Figure(figsize=(8.8, 4.6), dpi=100, layout="constrained")
     plots = figure.subplots(2, 2, sharex=True)
-    grid = torch.linspace(-3, 6, 450)
-    for row, T in zip(plots, (40, 10)):
-        for axes, t in zip(row, (0.5, 0.0)):
-            axes.fill_between(grid, density(grid, t).sum(1), color="0.85", label="exact")
-            axes.set_title(f"{T} steps, {'half time' if t else 'the end'} (t = {t:g})", fontsize=9)
+    for T, (half, end) in zip((40, 10), plots):
+        for axes, t in ((half, 0.5), (end, 0.0)):
+            x = torch.linspace(-3, 6, 450)
+            axes.fill_between(x, density(x, t).sum(1), color="0.85", label="exact")
             axes.set_yticks([])
-        for label, color, kind in (("ODE", ODE, ("flow", 0.0)), ("equation 9", SDE, ("flow", 0.7)),
-                                   ("CPS", CPS, ("cps", 0.7)),
-                                   ("drift not corrected", WRONG, ("flow", 0.7, False))):
-            times, path = sample(T, *kind)
-            for axes, x in zip(row, (path[T // 2], path[T])):
-                counts, edges = np.histogram(x, 180, (-3, 6), density=True)
-                if x is path[T]:
-                    label = f"{label}: width {width(x):.2f}"
-                axes.plot((edges[1:] + edges[:-1]) / 2, counts, color=color, lw=1.2, label=label)
-        row[1].legend(fontsize=7, frameon=False, loc="upper right", handlelength=1)
+        for label, color, options in (
+                ("ODE", ODE, dict(sde="flow", noise_level=0.0)),
+                ("equation 9", SDE, dict(sde="flow", noise_level=0.7)),
+                ("CPS", CPS, dict(sde="cps", noise_level=0.7)),
+                ("drift not corrected", WRONG, dict(sde="flow", noise_level=0.7, drift=False))):
+            path = sample(T, **options)
+            outline(half, path[T // 2], color, label)
+            outline(end, path[T], color, f"{label}: width {width(path[T]):.2f}")
+        half.set_title(f"{T} steps, half time (t = 0.5)", fontsize=9)
+        half.set_ylabel("density")
+        end.set_title(f"{T} steps, the end (t = 0)", fontsize=9)
+        end.legend(fontsize=7, frameon=False, loc="upper right", handlelength=1)
     for axes in plots[1]:
         axes.set(xlabel="x", xlim=(-3, 6))
-    for axes in plots[:, 0]:
-        axes.set_ylabel("density")
     save(figure, "marginals")
+
+
+def outline(axes, x, color, label):
+    """A histogram as a line"""
+    counts, edges = np.histogram(x, 180, (-3, 6), density=True)
+    middles = (edges[1:] + edges[:-1]) / 2
+    axes.plot(middles, counts, color=color, lw=1.2, label=label)
+
+
+GRID = [1, 0.960129, 0.913349, 0.857692, 0.790368, 0.707278, 0.602151, 0.464876, 0.278049,
+        0.00892857, 0]  # of diffusers' FlowMatchEulerDiscreteScheduler with shift 3
 
 
 def last_step():
@@ -250,53 +293,60 @@ def last_step():
     times = torch.tensor(GRID)
     figure = Figure(figsize=(8.8, 3), dpi=100, layout="constrained")
     axes = figure.subplots()
-    axes.plot(times[:-1], times[:-1], "o-", color=ODE, label="as it should be, and with the ODE")
-    for label, color, style, window in (
-            ("only the first 3 are SDE steps", "0.6", "^--", range(3)),
-            ("all steps but the last are SDE steps", SDE, "s-", range(9))):
-        noise = [1.0]  # the std of the noise in x, if noise_guess is the true noise
-        for i in range(10):
-            step = flow_grpo.make_step(times, i, 0.7)
-            keep, std = (step.keep, step.std) if i in window else (step.s, 0 * step.s)
-            noise.append(math.hypot(keep * noise[-1] / times[i], std))
-            noise[-1] = float(noise[-1])
-        # Not the last step: at t = 0.009 a network expects little noise, and removes little.
-        axes.plot(times[:-1], noise[:-1], style, color=color, label=label)
-    axes.set(xlabel="time t, from noise to image, on SD3.5's grid of 10 steps",
-             ylabel="std of the noise in x",
-             xlim=(1.02, -0.02))
-    axes.annotate(f"{noise[-2]:.2f}, where 0.009 belongs", (0.009, noise[-2]), (0.21, 0.42),
-                  fontsize=9, arrowprops=dict(arrowstyle="->"))
+    # Not the last step: at t = 0.009 a network expects little noise, and removes little.
+    shown = times[:-1]
+    early = noise_left(times, range(3))
+    all_but_the_last = noise_left(times, range(9))
+    axes.plot(shown, shown, "o-", color=ODE, label="as it should be, and with the ODE")
+    axes.plot(shown, early[:-1], "^--", color="0.6", label="only the first 3 are SDE steps")
+    axes.plot(shown, all_but_the_last[:-1], "s-", color=SDE,
+              label="all steps but the last are SDE steps")
+    axes.set_xlabel("time t, from noise to image, on SD3.5's grid of 10 steps")
+    axes.set_xlim(1.02, -0.02)
+    axes.set_ylabel("std of the noise in x")
+    left = all_but_the_last[-2]
+    axes.annotate(f"{left:.2f}, where 0.009 belongs", (0.009, left), (0.21, 0.42), fontsize=9,
+                  arrowprops=dict(arrowstyle="->"))
     axes.legend(fontsize=8, frameon=False)
     save(figure, "last_step")
 
 
-GRID = [1, 0.960129, 0.913349, 0.857692, 0.790368, 0.707278, 0.602151, 0.464876, 0.278049,
-        0.00892857, 0]  # of diffusers' FlowMatchEulerDiscreteScheduler with shift 3
+def noise_left(times, window):
+    """The std of the noise in x at each time, if noise_guess is the true noise"""
+    noise = [1.0]
+    for i in range(10):
+        step = flow_grpo.make_step(times, i, 0.7)
+        share = noise[-1] / step.t.item()  # 1 if there is as much noise as there should be
+        if i in window:
+            noise.append(math.hypot(step.keep.item() * share, step.std.item()))
+        else:
+            noise.append(step.s.item() * share)
+    return noise
 
 
 def where_noise_decides(prompts=8, size=16):
     """How much the rewards of a group differ if only one step is random, at each place in turn"""
     figure = Figure(figsize=(8.8, 2.8), dpi=100, layout="constrained")
-    for axes, (reward, title) in zip(figure.subplots(1, 2), (("ocr", "text"), ("geneval", "scenes"))):
-        config = flow_grpo.Config(reward=reward)
+    for axes, name, title in zip(figure.subplots(1, 2), ("ocr", "geneval"), ("text", "scenes")):
+        config = flow_grpo.Config(reward=name)
         policy = flow_grpo.load_policy(config)
-        loaded = rewards.load(reward, "--reward")
+        reward = rewards.load(name, "--reward")
         rows = rewards.load_prompts(config, "train")[:prompts]
+        texts = [row["prompt"] for row in rows]
+        first_seeds = flow_grpo.repeat_each(range(prompts), size)
+        fresh_seeds = range(1000, 1000 + prompts * size)
         stds = []
         for i in range(9):
-            drawn = flow_grpo.rollout(
-                policy, config, [row["prompt"] for row in rows],
-                flow_grpo.repeat_each(range(prompts), size), 10, range(i, i + 1),
-                list(range(1000, 1000 + prompts * size)))
-            scores = rewards.score(loaded, drawn.images, flow_grpo.repeat_each(rows, size))
+            window = range(i, i + 1)
+            drawn = flow_grpo.rollout(policy, config, texts, first_seeds, 10, window, fresh_seeds)
+            scores = rewards.score(reward, drawn.images, flow_grpo.repeat_each(rows, size))
             stds.append(scores["reward"].reshape(prompts, size).std(1))
         axes.plot(range(9), stds, color=SDE, alpha=0.25)
         axes.plot(range(9), np.mean(stds, 1), "o-", color=SDE)
-        axes.set(title=f"{title}: a thin line is one of {prompts} prompts, the thick one their mean",
-                 xlabel="which of the 10 steps is random (0 is the first)",
-                 ylabel="std of the reward in a group")
-        axes.title.set_fontsize(8)
+        axes.set_title(f"{title}: a thin line is one of {prompts} prompts, the thick one their "
+                       "mean", fontsize=8)
+        axes.set_xlabel("which of the 10 steps is random (0 is the first)")
+        axes.set_ylabel("std of the reward in a group")
     save(figure, "where_noise_decides")
 
 
@@ -314,5 +364,5 @@ if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
     for draw in (tables, curves, hacking, options, marginals, last_step, where_noise_decides,
                  pictures):
-        if draw.__name__ in (sys.argv[1:] or draw.__name__):
+        if len(sys.argv) == 1 or draw.__name__ in sys.argv[1:]:
             draw()
