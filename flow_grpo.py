@@ -1,10 +1,10 @@
 """Flow-GRPO in one file: reinforcement learning for flow-matching image models (arXiv 2505.05470).
 
 A flow-matching model such as Stable Diffusion 3.5 turns noise into an image by solving an ordinary
-differential equation (ODE). Only the first noise is random, and the model does not choose it. That
-is a problem for reinforcement learning, which makes a model's good random choices more likely: such
-a model makes no random choices. So Flow-GRPO makes the sampler random, learns from the differences
-that this causes, and takes the randomness away again at the end:
+differential equation (ODE). Only the first noise is random, and the model does not choose it. But
+reinforcement learning makes a model's good random choices more likely, and here there are none. So
+Flow-GRPO makes the sampler random, learns from the differences that this causes, and then uses the
+trained model without the randomness:
 
   sde_step          One denoising step, made random: it drops some of the old noise and adds
                     fresh noise instead. With the paper's SDE and small steps, the distribution of
@@ -22,10 +22,11 @@ Notation
   x       the latent at time t: x = (1-t) * data + t * noise
   v       the velocity: the network's estimate of noise - data
   a       how random the sampler is, the option noise_level
-  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise at time t (below 1)
+  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise at time t
   T, K    the number of denoising steps, and how many of them are random (SDE steps)
   i, k    the number of a denoising step, from 0 to T-1, and of an SDE step, from 0 to K-1
   B       the number of images in a tensor. Shapes are written in brackets: [B, C, H, W].
+  D       C * H * W, the number of dimensions of a latent
 
 PAPER/CODE marks where the paper, the official code (github.com/yifan123/flow_grpo) and this file
 differ. We mostly follow the code, because the published learning rate, clip range and beta were
@@ -113,9 +114,11 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #          p changes by  std^2 / 2 * laplacian(p)
 #
 #   2. It keeps less of the estimated noise. This moves every x by u = (keep - s) * noise_guess,
-#      which is -std^2 / (2t) * noise_guess. The gradient of log p, which is called the score, is
-#      -noise_guess / t (equation 27). So u = std^2 / 2 * grad(log p). Moving every x by u carries
-#      the density along:
+#      which is -std^2 / (2t) * noise_guess. To see what that does to p, we need the gradient of
+#      log p, which is called the score. If there were only one data point, p would be a Gaussian of
+#      std t around (1-t) * data, with the score -(x - (1-t) * data) / t^2 = -noise / t. With many
+#      data points the score is the average of these, -noise_guess / t (equation 27). So
+#      u = std^2 / 2 * grad(log p). Moving every x by u carries the density along:
 #
 #          p changes by  -div(p * u)  =  -std^2 / 2 * laplacian(p),
 #
@@ -124,19 +127,19 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 # The two changes cancel at every x, whatever sigma is (appendix A of the paper has the full proof).
 #
 # This is exact for a perfect v and infinitely small steps. But 10 steps are not small. On SD3.5's
-# time grid the first one goes from t = 1 to s = 0.96. At t = 1 sigma would be infinite. The code
-# divides by 1-s instead of 1-t there, which makes std = a. So a = 0.7 gives
-# keep = 0.96 - 0.7^2 / 2 = 0.715. Together the kept and the fresh noise have a std of
-# sqrt(0.715^2 + 0.7^2) = 1.001. It should be s = 0.96, so x is 4 % too noisy. After the second
-# step it is 8 %. In late steps the error is far larger, see `choose_window`.
+# time grid the first one goes from t = 1 to s = 0.96. At t = 1 sigma would be infinite. There the
+# official code divides by 1-s instead of 1-t, so std = a / sqrt(1-s) * sqrt(1-s) = a. For a = 0.7
+# this gives keep = 0.96 - 0.7^2 / 2 = 0.715. Together the kept and the fresh noise have a std of
+# sqrt(0.715^2 + 0.7^2) = 1.001. It should be s = 0.96, so x is 4 % too noisy. In late steps the
+# error is far larger, see `choose_window`.
 #
-# CPS has keep^2 + std^2 = s^2. It takes c * noise_guess out of x, with c = s - keep, which lowers
-# the variance of x by 2cs - c^2 * var(noise_guess). The fresh noise adds std^2. The two would be
-# equal if noise_guess had a variance of 1, like the true noise. But noise_guess is an average, and
-# an average varies less, so x loses variance. Near t = 1 it loses little, because there noise_guess
-# is nearly the true noise. But if all steps are random, a Gaussian mode of the data ends with
-# cos(a * pi/4) times its std: 15 % too narrow for a = 0.7. Smaller steps do not help, because each
-# of them replaces the same share of the noise.
+# CPS has keep^2 + std^2 = s^2. It takes c * noise_guess out of the ODE's x, with c = s - keep, and
+# adds fresh noise. If steps are small, the covariance of x and noise_guess is s, so the variance of
+# x changes by -2cs + c^2 * var(noise_guess) + std^2. This would be 0 if noise_guess had a variance
+# of 1, like the true noise. But noise_guess is an average, and an average varies less, so x loses
+# variance. Near t = 1 it loses little, because there noise_guess is nearly the true noise. But if
+# all steps are random, a narrow Gaussian in the data ends with cos(a * pi/4) times its std: 15 %
+# too narrow for a = 0.7. Smaller steps do not help, because each replaces the same share of noise.
 
 
 class Step(NamedTuple):
@@ -152,8 +155,7 @@ def make_step(times, i, noise_level, sde="flow"):
     """Step number i of the time grid [T+1] -> Step. i can be a tensor [B], a number per image.
 
     The sigma of the flow SDE is large near t = 1, where nothing about the image is decided and
-    there is a lot to explore. It falls to 0 towards t = 0, where fresh noise stays visible. But
-    with only 10 steps, the late ones still add too much noise (see `choose_window`).
+    there is a lot to explore. It falls to 0 towards t = 0, where fresh noise would stay visible.
     """
     t = times[i].view(-1, 1, 1, 1)
     s = times[i + 1].view(-1, 1, 1, 1)
@@ -161,7 +163,7 @@ def make_step(times, i, noise_level, sde="flow"):
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
         return Step(t, s, keep, std, kl_scale=std)
-    one_minus_t = torch.where(t == 1, 1 - s, 1 - t)  # at t = 1 like the official code
+    one_minus_t = torch.where(t == 1, 1 - s, 1 - t)  # it must not be 0
     sigma = noise_level * torch.sqrt(t / one_minus_t)
     std = sigma * torch.sqrt(t - s)
     keep = s - std**2 / (2 * t)
@@ -201,10 +203,10 @@ def gaussian_log_prob(x_next, mean, std):
     PAPER/CODE: log p(x_next) is a sum over all D = C * H * W dimensions. The code takes the mean
     over them instead, and so do we. `clipped_loss` says what this means for the ratio.
 
-    PAPER/CODE: For CPS the code uses -(x_next - mean)^2 as the log-density. We keep the Gaussian's
-    factor 1 / (2 * std^2). In the early steps this factor is below 1. In the late ones std is
-    small, so the factor is very large, and the late steps would dominate the gradient. Use an early
-    window with CPS.
+    PAPER/CODE: For CPS the code uses -(x_next - mean)^2, without the factor 1 / (2 * std^2) of a
+    Gaussian. We keep the factor, because a ratio needs a true density. It is below 1 in the early
+    steps, but very large in the late ones, where std is small. There the late steps would dominate
+    the gradient, so use an early window with CPS.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -221,9 +223,9 @@ def kl_penalty(mean, mean_ref, kl_scale):
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code differs from this in two ways. It
     takes the mean over the dimensions, as it does for log_prob, so both terms of the loss are
-    divided by D. And for the flow SDE it divides by sigma^2, where std^2 would be sigma^2 * (t-s).
-    So the KL of a step is multiplied by the size of the step, t-s. The published beta of 0.04 is
-    for this form. For CPS the code does divide by std^2, so there the same beta is stronger.
+    divided by D. And for the flow SDE it divides by sigma^2 instead of std^2 = sigma^2 * (t-s). So
+    its KL is the true one times t-s. The published beta of 0.04 is for this form. For CPS the code
+    does divide by std^2, so there the same beta is stronger.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -252,7 +254,7 @@ def group_advantages(scores, std_over="epoch"):
 
 
 def clipped_loss(ratio, advantages, clip_range):
-    """The policy's part of the loss, all [B]. Equation 5 maximizes, over all images and steps,
+    """The policy's part of the loss. All are [B]. Equation 5 maximizes, over all images and steps,
 
         the mean of  min(ratio * advantage, clip(ratio) * advantage) - beta * KL
 
@@ -375,7 +377,10 @@ def generators(seeds):
 
 # --------------------------------------------------------------------------------------- 3. update
 def update(policy, config, drawn, advantages):
-    """The updates of an epoch -> metrics. drawn and advantages [B] belong to this process.
+    """The updates of an epoch -> metrics
+
+    drawn is the Rollout of this process (one of several, if there are several GPUs), and advantages
+    [B] are those of its images.
 
     The first update gets the first part of each group, the second the next part, and so on.
     So each image is used once.
@@ -398,8 +403,8 @@ def update(policy, config, drawn, advantages):
             policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
             check_ratio(ratio, config.clip_range, is_first=updates_before == 0)
             loss = policy_loss + config.beta * kl
-            # Each batch adds its share. `optimize` adds up the processes. Together this is the
-            # gradient of the mean over all pairs.
+            # Each batch adds its share to the gradient, and `optimize` adds the gradients of all
+            # processes. Together this is the gradient of the mean over all pairs.
             (loss.sum() / count).backward()
             kls.append(kl.detach())
             ratios.append(ratio.detach())
@@ -451,10 +456,10 @@ def losses(policy, config, drawn, advantages, batch):
 
 
 def check_ratio(ratio, clip_range, is_first):
-    """Before the first update of an epoch, the policy is the one that sampled: every ratio is 1.
+    """Stop if a ratio is not 1 before the first update, when the policy is the one that sampled.
 
-    Rounding in the network moves it a little, by up to 1e-5 in float32. We allow half of the clip
-    range, but at least 1e-5 and at most 1e-4.
+    Rounding in the network moves a ratio a little, by up to 1e-5 in float32. We allow half of the
+    clip range, but at least 1e-5 and at most 1e-4.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -524,6 +529,8 @@ def repeat_each(items, n):
 def evaluate(policy, config, watched, test_set, folder):
     """Sample the test prompts with the ODE -> metrics. The images go to the folder.
 
+    watched has the rewards to measure, {name: (function, weight)}.
+
     We train a random sampler and use it without randomness. Why does that work? The SDE and the ODE
     follow the same v, so what moves the mean of an SDE step moves the ODE the same way. And as the
     SDE nearly keeps the distribution of x in early steps, v is trained on such x as the ODE will
@@ -532,11 +539,8 @@ def evaluate(policy, config, watched, test_set, folder):
     does.
 
     We evaluate a moving average of the LoRA's weights, which is less noisy than any single update.
-    The seeds are the same in every evaluation, whatever --seed is, so that all runs can be
-    compared.
-
-    Accuracy is the share of images that the first reward finds entirely right. For GenEval this is
-    stricter than the benchmark's own, which accepts extra objects in all tasks but counting.
+    The seeds are the same in every evaluation, whatever --seed is, so that runs can be compared.
+    Accuracy is the share of images that the first reward finds entirely right.
     """
     n = config.eval_per_prompt
     if config.eval_prompts > 0:
@@ -551,13 +555,13 @@ def evaluate(policy, config, watched, test_set, folder):
     scores = rewards.score(watched, images, repeat_each(rows, n))
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
-    first_reward = next(iter(watched))
+    first_reward = list(watched)[0]
     if first_reward in rewards.HAVE_A_RIGHT_ANSWER:
         right = scores[f"reward/{first_reward}"] == 1
         metrics["eval_accuracy"] = right.mean()
         metrics |= accuracy_by_tag(right, repeat_each(test_set, n))
-    # The first image of each prompt is kept. These are the images of this process, but the prompts
-    # and scores of all processes.
+    # The first image of each prompt is kept. Prompts and scores are those of all processes, and
+    # save_images collects the images.
     first_images = images[::n]
     first_scores = scores["reward"][::n]
     save_images(first_images, test_set, first_scores, folder)
@@ -588,7 +592,7 @@ def train(config):
     policy = load_policy(config)
     warn_about_prompts(policy, config, train_set + test_set)
     folder = claim_folder(config)
-    history = []
+    history = []  # the metrics of each epoch, from epoch 0 on
     if config.resume:
         checkpoint = read_checkpoint(folder)
         policy.restore(checkpoint)
@@ -637,7 +641,7 @@ class Policy:
       encode_batch  gives the condition as two tensors, with a row for each prompt. Guidance needs
                     the condition of the empty prompt, so it is also called with [""] alone.
       forward       gives the velocity. t is 1 for noise, and v leads from the image to the noise.
-                    Some networks have both the other way round.
+                    Some networks define t and v the other way round.
 
     Write these only if the family needs them:
 
@@ -688,7 +692,8 @@ class Policy:
 
         Classifier-free guidance makes one velocity out of two, and so one Gaussian. That is our
         policy. Sampling and training both call this, or the ratio would compare two policies. The
-        gradient flows through both velocities.
+        gradient flows through both velocities. Chapter 1 is about a v that is an average. A guided
+        v is not, so for this v the SDE keeps the distribution of the ODE only roughly.
         """
         v = self.predict(x, t, condition)
         if self.config.guidance != 1:
@@ -973,7 +978,7 @@ def warn_about_prompts(policy, config, rows):
 # -------------------------------------------------------------------------------------- 6. options
 @dataclass
 class Config:
-    preset: str = ""  # one of PRESETS. If empty, that with the name of the reward, if there is one
+    preset: str = ""  # one of PRESETS. If empty, the one that is named like the reward, if any
     reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
     eval_reward: str = ""  # rewards that are only measured, to see whether the other is hacked
     # Folder or hub name of an SD3, FLUX or SANA pipeline. Name a preset as well, because the other
@@ -1000,23 +1005,24 @@ class Config:
     # Images of each prompt. The paper takes 24, because its long PickScore runs collapsed with 6
     # and 12. The toy's short runs get by with fewer
     group_size: int = 8
-    train_steps: int = 10  # T in training. Enough to tell good from bad
+    train_steps: int = 10  # T in training
     eval_steps: int = 40  # T in evaluations
     # a. Too little explores nothing, too much spoils the images. 0 is not allowed, because a step
     # without noise has no density
     noise_level: float = 0.7
     sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS: no extra noise, less variety
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
-    latest_start: int = 0  # the window starts at a random step from 0 to this
+    latest_start: int = 0  # the window starts at a random step from 0 to this: here always with 0
     # One first noise for a group. Then its images differ only by the SDE steps, which are what is
     # trained. Better for the toy, but the paper found that it explores less
     same_noise: bool = True
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
-    updates: int = 2  # optimizer steps in an epoch. Clipping acts from the second on
+    updates: int = 2  # optimizer steps in an epoch
     learning_rate: float = 3e-3  # of AdamW
     lr_decay: bool = True  # the rate falls linearly. After the last epoch it would be 0
     # Adam divides a gradient by its recent size plus adam_eps. The losses are means over D, so the
-    # gradient of a single weight is tiny: if the kl stays at 0, try 1e-15
+    # gradient of a weight can be far below adam_eps, and then the weight hardly moves. If the kl
+    # stays at 0, try 1e-15
     adam_eps: float = 1e-8
     clip_range: float = 1e-3  # a ratio this far from 1 gets no further push
     beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
@@ -1036,7 +1042,7 @@ class Config:
 # PAPER/CODE: The code trains in fp16. We use bf16, which has the range of float32, so that no loss
 # has to be scaled.
 # PAPER/CODE: In every 8th update the code renews its moving average twice, with a decay of 0.9. We
-# do it once with 0.9^2 = 0.81, which is the same.
+# do it once with 0.9^2 = 0.81, which is the same once the decay has grown to 0.9.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
@@ -1078,8 +1084,7 @@ PRESETS = {
 def parse_config(argv=None):
     """The options of a run -> Config
 
-    The value of an option is that of the command line. If it is not there, it is that of the run to
-    resume or of the preset, and if it is not there either, that of Config.
+    The command line wins over the preset or the run to resume, and these win over Config.
 
     tyro must know the defaults before it parses. So it parses twice: first with those of Config, to
     see which preset or run is asked for, then with the values of these as the defaults.
@@ -1089,12 +1094,14 @@ def parse_config(argv=None):
                         description=__doc__)
 
     config = parse({})
-    first_reward = next(iter(rewards.parse(config.reward, "--reward")))
+    preset = config.preset
+    first_reward = list(rewards.parse(config.reward, "--reward"))[0]
+    if not preset and first_reward in PRESETS:
+        preset = first_reward
     if config.resume:
         saved = read_checkpoint(config.resume)["options"]
         config = parse(saved | {"resume": config.resume})
-    elif config.preset or first_reward in PRESETS:
-        preset = config.preset or first_reward
+    elif preset:
         if preset not in PRESETS:
             sys.exit(f"--preset {preset}: choose from {', '.join(PRESETS)}")
         config = parse(PRESETS[preset])

@@ -392,7 +392,8 @@ REWARDS = {
     "toy_inks": partial(toy, "toy_inks"),
     "diversity": diversity,
 }
-# A score of 1 means that the image is entirely right. For these an accuracy is measured.
+# For these a score of 1 means that the image is entirely right, so an accuracy is measured. Ours of
+# GenEval is stricter than its own, which accepts extra objects in all tasks but counting.
 HAVE_A_RIGHT_ANSWER = ("ocr", "geneval", "geneval_photo")
 
 
