@@ -47,7 +47,8 @@ def clip_config(width, layers, heads, projection):
 def pipeline(preset):
     """The pipeline of a preset, as large as the real one"""
     real = REAL[preset.removesuffix("-fast")]
-    _, tokenizer, _, t5_tokenizer = tiny.text_encoders(32)
+    _, _, _, t5_tokenizer = tiny.text_encoders(32)
+    tokenizer = tiny.clip_tokenizer(77)
     clip_l = clip_config(768, 12, 12, 768)
     t5 = on_gpu(lambda: T5EncoderModel(T5Config(
         d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128,
