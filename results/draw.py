@@ -164,10 +164,13 @@ def hacking():
                 axes.plot(epochs, values, line, color=color, label=label)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    reward.set_title("trained: score of the toy's PickScore", fontsize=8)
-    taste.set_title("watched: the taste behind it, 0 to 1", fontsize=8)
-    diversity.set_title("watched: difference of a prompt's images", fontsize=8)
-    taste.legend(fontsize=7, frameon=False, loc="lower left")
+    reward.set_title("trained: the toy's PickScore", fontsize=9)
+    reward.set_ylabel("score", fontsize=8)
+    taste.set_title("watched: the taste behind it", fontsize=9)
+    taste.set_ylabel("taste, 0 to 1", fontsize=8)
+    taste.legend(fontsize=7, frameon=False, loc="lower left", handlelength=4)
+    diversity.set_title("watched: diversity", fontsize=9)
+    diversity.set_ylabel("rms difference of a prompt's images", fontsize=8)
     save(figure, "hacking")
 
 
@@ -176,9 +179,9 @@ OPTIONS = {
     "noise0.4": "noise_level 0.4 instead of 0.7",
     "noise0.1": "noise_level 0.1",
     "start0-3": "a window that begins at random, 0 to 3",
-    "different-noise": "a first noise for each image",
+    "different-noise": "no first noise shared by a group",
     "groups4x32": "4 groups of 32 instead of 16 of 8",
-    "std-group": "the std of the group, not of the epoch",
+    "std-group": "advantages divided by the std of the group",
     "clip1e-4": "clip_range 1e-4 instead of 1e-3",
     "beta0": "beta 0 instead of 0.5",
     "cps": "CPS, with noise_level 0.8 and beta 0.05",
@@ -186,17 +189,21 @@ OPTIONS = {
 
 
 def options():
-    """One option changed at a time: a dot for each seed, and a line at their mean"""
+    """One option changed at a time"""
     figure = Figure(figsize=(8.8, 3.2), dpi=100, layout="constrained")
     axes = figure.subplots()
     for place, setting in enumerate(OPTIONS):
         values = finals(f"words/{setting}", "eval_accuracy")
         color = ODE if setting == "default" else SDE
-        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.7)
+        places = place + np.linspace(-0.2, 0.2, len(values))  # so that equal dots are seen
+        axes.plot(values, places, "o", color=color, alpha=0.7, markersize=5)
         axes.plot(np.mean(values), place, "|", color=color, markersize=16)
+    before, *_ = [value for _, value in runs("words/default")[0]["curves"]["eval_accuracy"]]
+    axes.axvline(before, color="0.6", linestyle=":")
+    axes.text(before + 0.003, 0, "before training", fontsize=8, color="0.4", va="center")
     axes.set_yticks(range(len(OPTIONS)), OPTIONS.values(), fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("share of 60 words that are read, which were taken out of the training list")
+    axes.set_xlabel("share of words that are read: a dot for each seed, a bar at their mean")
     axes.grid(axis="x", alpha=0.3)
     save(figure, "options")
 
