@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -76,16 +75,13 @@ V = torch.tensor(OFFICIAL["v"]).view(2, 2, 2, 2)
 V_REF = torch.tensor(OFFICIAL["v_ref"]).view(2, 2, 2, 2)
 NOISE = torch.tensor(OFFICIAL["noise"]).view(2, 2, 2, 2)
 
-each_step = pytest.mark.parametrize("sde, noise_level, i", [
+@pytest.mark.parametrize("sde, noise_level, i", [
     ("flow", 0.7, 0),  # t = 1, where sigma needs the second time
     ("flow", 0.7, 4),
     ("flow", 0.7, 8),
     ("cps", 0.8, 0),
     ("cps", 0.8, 4),
     ("cps", 0.8, 8)])
-
-
-@each_step
 def test_a_step_gives_the_official_numbers(sde, noise_level, i):
     expected = OFFICIAL[sde][str(i)]
     step = make_step(torch.tensor(OFFICIAL["times"]), i, noise_level, sde)
@@ -96,26 +92,12 @@ def test_a_step_gives_the_official_numbers(sde, noise_level, i):
     close(step.kl_scale.item(), expected["kl_std"])
     if sde == "flow":  # the official log-density of CPS has no variance in it
         close(log_prob, expected["log_prob"])
+    gaussian = torch.distributions.Normal(mean, step.std)
+    close(log_prob, gaussian.log_prob(x_next).mean((1, 2, 3)))
     kl = flow_grpo.kl_penalty(mean, sde_mean(X, V_REF, step), step.kl_scale)
+    assert kl.shape == (2,)
     close(kl.mean() / expected["kl"], 1.0, 1e-3)
     assert torch.equal(gaussian_log_prob(x_next, mean, step.std), log_prob)  # bit for bit
-
-
-@each_step
-def test_log_prob_and_kl_are_those_of_a_gaussian(sde, noise_level, i):
-    """Both are means over the dimensions. The KL of the flow SDE is multiplied by t-s."""
-    step = make_step(torch.tensor(OFFICIAL["times"]), i, noise_level, sde)
-    x_next, log_prob = sde_step(X, V, step, NOISE)
-    mean = sde_mean(X, V, step)
-    mean_ref = sde_mean(X, V_REF, step)
-    policy = torch.distributions.Normal(mean, step.std)
-    base = torch.distributions.Normal(mean_ref, step.std)
-    close(log_prob, policy.log_prob(x_next).mean((1, 2, 3)))
-    kl = torch.distributions.kl_divergence(policy, base).mean((1, 2, 3))
-    if sde == "flow":
-        kl = kl * (step.t - step.s).item()
-    penalty = flow_grpo.kl_penalty(mean, mean_ref, step.kl_scale)
-    close(penalty / kl, torch.ones(2), 1e-3)
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7])
@@ -277,10 +259,6 @@ def test_a_rollout_is_the_ode_with_sde_steps_in_its_window(sde, noise_level, gui
     policy = perturb(load_policy(small(**options)))
     window = range(1, 3)
     drawn = draw(policy, window)
-    assert drawn.window == window
-    assert torch.equal(drawn.times, policy.time_grid(6))
-    assert drawn.latents.shape == (8, 3, 4, 16, 16)
-    assert drawn.log_prob.shape == (8, 2)
     for number in (0, 3, 7):
         latents, log_prob, image = draw_by_hand(policy, number, window)
         close(drawn.latents[number], latents, 1e-4)
@@ -325,17 +303,18 @@ def test_the_base_model_has_a_kl_of_0():
     assert learn(policy, draw(policy, range(1, 2)))["kl"] > 0
 
 
-@pytest.mark.parametrize("image, off, says", [
-    (5, 0.1, "off by 0.095"), (5, torch.nan, "not finite"),
-    (7, torch.nan, "not finite")])  # image 7 is in the second update
-def test_a_wrong_ratio_stops_the_run_whichever_image_has_it(image, off, says):
+@pytest.mark.parametrize("image, off, says, updated", [
+    (5, 0.1, "off by 0.095", False),  # exp(-0.1) is 0.905
+    (5, torch.nan, "not finite", False),
+    (7, torch.nan, "not finite", True)])  # image 7 is in the second update
+def test_a_wrong_ratio_stops_the_run_whichever_image_has_it(image, off, says, updated):
     policy = load_policy(small(batch_size=3))
     before = weights(policy)
     drawn = draw(policy)
     drawn.log_prob[image, 1] += off
     assert says in exits(learn, policy, drawn)
-    updated = not torch.equal(weights(policy), before)
-    assert updated == (image == 7)
+    was_updated = not torch.equal(weights(policy), before)
+    assert was_updated == updated
 
 
 @pytest.mark.parametrize("off, clip_range, right", [
@@ -456,12 +435,16 @@ def half(images, prompts, metadata):
     return [0.5] * len(images)
 
 
+class Asked(Exception):
+    """Ends an epoch as soon as its rollout is asked for"""
+
+
 def ask(monkeypatch, config, number_of_prompts, epoch):
     """The arguments that train_epoch gives to the rollout, for a dataset of so many prompts"""
-    rollout = Mock(side_effect=StopIteration)
+    rollout = Mock(side_effect=Asked)
     monkeypatch.setattr(flow_grpo, "rollout", rollout)
     train_set = [{"prompt": f"prompt {number}"} for number in range(number_of_prompts)]
-    with pytest.raises(StopIteration):
+    with pytest.raises(Asked):
         flow_grpo.train_epoch(None, config, None, train_set, epoch)
     _, _, prompts, first, T, window, fresh = rollout.call_args.args
     return SimpleNamespace(prompts=prompts, first=first, T=T, window=window, fresh=fresh)
@@ -507,13 +490,11 @@ def test_an_epoch_draws_its_prompts_and_its_window(monkeypatch):
     assert len({tuple(asked.prompts) for asked in epochs}) > 40
 
 
-@pytest.mark.parametrize("number_of_prompts, different", [(3, 2), (4, 4), (5, 4)])
-def test_no_prompt_comes_twice_in_an_epoch_if_there_are_enough(
-        monkeypatch, number_of_prompts, different):
+def test_no_prompt_comes_twice_in_an_epoch_if_there_are_enough(monkeypatch):
+    config = small(groups=4)
     for epoch in range(20):
-        prompts = ask(monkeypatch, small(groups=4), number_of_prompts, epoch).prompts
-        assert len(prompts) == 4
-        assert len(set(prompts)) >= different
+        assert len(set(ask(monkeypatch, config, 4, epoch).prompts)) == 4
+        assert len(ask(monkeypatch, config, 3, epoch).prompts) == 4  # some of the 3 come again
 
 
 TWO_REWARDS = {"bright": (bright, 2.0), "half": (half, 0.5)}
@@ -531,13 +512,13 @@ def scored_epoch(monkeypatch):
     monkeypatch.setattr(flow_grpo, "rollout", lambda *args: drawn)
     monkeypatch.setattr(flow_grpo, "update", update)
 
-    def scored_epoch(reward, **options):
+    def run_epoch(reward, **options):
         train_set = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
         metrics = flow_grpo.train_epoch(None, small(groups=3, **options), reward, train_set, 1)
         _, _, its_drawn, advantages = update.call_args.args
         assert its_drawn is drawn
         return {key: float(value) for key, value in metrics.items()}, advantages
-    return scored_epoch
+    return run_epoch
 
 
 def test_the_metrics_of_an_epoch(scored_epoch):
@@ -591,17 +572,13 @@ def evaluate(monkeypatch, tmp_path):
     return evaluate_levels
 
 
-@pytest.mark.parametrize("seed", [0, 5])
-def test_every_evaluation_draws_the_same_prompts_from_the_same_seeds(evaluate, seed):
-    config = small(eval_prompts=3, eval_per_prompt=2, eval_steps=7, seed=seed)
+def test_every_evaluation_draws_the_same_prompts_from_the_same_seeds(evaluate):
+    """Whatever --seed is. With eval_prompts 0 it draws all."""
+    config = small(eval_prompts=3, eval_per_prompt=2, eval_steps=7, seed=5)
     _, asked = evaluate(config, {"half": (half, 1)}, [9] * 6)
     assert asked == (["a", "b", "c"], [0, 1, 2, 3, 4, 5], 7, range(0))
-
-
-def test_eval_prompts_0_means_all(evaluate):
-    config = small(eval_prompts=0, eval_per_prompt=1)
-    _, (prompts, *_) = evaluate(config, {"half": (half, 1)}, [9] * 4)
-    assert prompts == ["a", "b", "c", "d"]
+    _, asked = evaluate(replace(config, eval_prompts=0), {"half": (half, 1)}, [9] * 8)
+    assert asked[0] == ["a", "b", "c", "d"]
 
 
 def test_an_evaluation_uses_the_average_and_then_puts_the_weights_back(monkeypatch, tmp_path):
@@ -640,12 +617,6 @@ def test_the_metrics_and_pictures_of_an_evaluation(evaluate, monkeypatch, tmp_pa
     assert set(metrics) == {"eval_reward", "eval_reward/half", "eval_reward/bright"}
 
 
-def test_redness():
-    colors = ["red", "lime", "white", (255, 51, 102)]
-    images = [Image.new("RGB", (4, 4), color) for color in colors]
-    assert flow_grpo.redness(images, None, None) == pytest.approx([1, -1, 0, 0.6])
-
-
 # ---------------------------------------------------------------------------------- 5. the network
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_lora_is_on_the_official_layers_and_in_float32(precision, dtype):
@@ -669,22 +640,15 @@ def test_the_lora_begins_as_the_seed_says():
     assert not torch.equal(first, other)
 
 
-def test_in_bf16_the_network_gets_a_rounded_x_but_an_exact_t():
-    policy = load_policy(small(precision="bf16"))
-    policy.forward = Mock(side_effect=lambda x, t, embeds, pooled: x)
+def test_in_bf16_the_network_gets_a_rounded_x_but_guidance_is_in_float32():
+    policy = load_policy(small(precision="bf16", guidance=4.37))
+    two = torch.full((2, 4, 16, 16), 2.0, dtype=torch.bfloat16)
+    policy.forward = Mock(side_effect=[two, two + 1])  # for the prompts, for the empty prompt
     t = torch.tensor([0.999, 0.4441])
     v = policy.velocity(torch.ones(2, 4, 16, 16), t, policy.encode(PROMPTS))
     x, its_t, _, _ = policy.forward.call_args.args
     assert x.dtype == torch.bfloat16
-    assert torch.equal(its_t, t)
-    assert v.dtype == torch.float32
-
-
-def test_in_bf16_guidance_is_still_computed_in_float32():
-    policy = load_policy(small(precision="bf16", guidance=4.37))
-    two = torch.full((2, 4, 16, 16), 2.0, dtype=torch.bfloat16)
-    policy.forward = Mock(side_effect=[two, two + 1])  # for the prompts, for the empty prompt
-    v = policy.velocity(torch.ones(2, 4, 16, 16), torch.tensor(0.5), policy.encode(PROMPTS))
+    assert torch.equal(its_t, t)  # t is not rounded
     close(v, torch.full_like(v, 3 + 4.37 * (2 - 3)))
 
 
@@ -1006,7 +970,6 @@ HYDRANTS = [thing("hydrant", 0, 40), thing("hydrant", 3, 40), thing("vase")]
     ([thing("cup"), BLUE], [wanted("cup", 2, color="red")], 0.75),
     ([thing("cup", 30), thing("dog", 0, 2)], [CUP, LEFT], 1),
     ([thing("cup"), thing("dog", 30)], [CUP, LEFT], 2 / 3),  # official code: 0.75
-    ([thing("cup", 1), thing("dog")], [CUP, LEFT], 2 / 3),  # too near to tell
     ([thing("cup", 30), thing("dog"), thing("dog", 2)], [CUP, LEFT], 1 / 3),  # two dogs
     ([*CUPS, thing("dog", 45)], [wanted("cup", 2), LEFT], 2 / 3),  # it must hold against both
     # the color is wrong, so the place is void
@@ -1033,40 +996,30 @@ def test_where_a_box_lies_from_another(x, y, holds):
 CIRCLE = wanted("circle")
 
 
-def refused(*include):
-    """What the check says of a prompt that asks for this"""
-    rows = [{"include": list(include)}]
+def cross(position):
+    return wanted("cross", position=position)
+
+
+@pytest.mark.parametrize("include, says", [
+    ([], "*_metadata.jsonl"),
+    ([wanted("wine glass")], "a wine glass; geneval_photo knows it"),
+    ([wanted("circle", color="pink")], "pink circle"),
+    ([wanted("circle", 0)], "count of circle"),
+    ([wanted("circle", 1.0)], "count of circle"),
+    ([wanted("circle", "2")], "count of circle"),
+    ([wanted("circle", True)], "count of circle"),
+    ([CIRCLE, cross(["left", 0])], "left of, right of, above, below"),
+    ([CIRCLE, cross(["left of", 1])], "comes before"),  # itself
+    ([CIRCLE, cross(["left of", -1])], "comes before"),
+    ([CIRCLE, cross(["left of", "0"])], "comes before"),
+    ([CIRCLE, cross(["left of", False])], "comes before"),
+    ([CIRCLE, cross(["left of"])], "[relation, "),
+    ([CIRCLE, cross("ab")], "[relation, ")])
+def test_a_scene_that_cannot_be_judged_is_refused(include, says):
+    rows = [{"include": include}]
     problem = exits(rewards.check_metadata, ["bad"], rows, world.SHAPES, world.COLORS)
     assert "the prompt 'bad'" in problem
-    return problem
-
-
-def test_a_scene_has_metadata_and_asks_for_what_the_detector_knows():
-    assert "*_metadata.jsonl" in refused()
-    assert "a wine glass; geneval_photo knows it" in refused(wanted("wine glass"))
-    assert "pink circle" in refused(wanted("circle", color="pink"))
-
-
-@pytest.mark.parametrize("count", [None, 0, -1, 1.0, "2", True])
-def test_a_count_is_a_whole_number_from_1(count):
-    assert "count of circle" in refused(wanted("circle", count))
-
-
-@pytest.mark.parametrize("relation", ["left", None])
-def test_a_relation_is_one_of_four(relation):
-    cross = wanted("cross", position=[relation, 0])
-    assert "left of, right of, above, below" in refused(CIRCLE, cross)
-
-
-@pytest.mark.parametrize("number", [1, 2, -1, "0", None, True])  # itself, a later object, none
-def test_a_place_is_next_to_an_earlier_object(number):
-    cross = wanted("cross", position=["left of", number])
-    assert "comes before" in refused(CIRCLE, cross, wanted("square"))
-
-
-@pytest.mark.parametrize("position", ["left of", ["left of"]])
-def test_a_position_is_a_relation_and_a_number(position):
-    assert "[relation, " in refused(CIRCLE, wanted("cross", position=position))
+    assert says in problem
 
 
 @pytest.mark.parametrize("name", ["geneval", "toy_taste"])
@@ -1427,9 +1380,6 @@ def sit_down(folder, monkeypatch):
     Path("custom.py").write_text(CUSTOM)
 
 
-draw_before_after = flow_grpo.draw_before_after
-
-
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
     """The current folder has custom.py only, and no pictures are drawn, which would be slow."""
@@ -1487,6 +1437,7 @@ def test_a_reward_that_cannot_be_found_is_one_line(desk, spec, says):
 
 
 def test_a_file_is_found_in_the_current_folder_or_by_its_path(desk):
+    before = sys.path.copy()
     Path("sub").mkdir()
     Path("sub/neighbor.py").touch()
     Path("sub/other.py").write_text(CUSTOM + "import neighbor")
@@ -1494,8 +1445,7 @@ def test_a_file_is_found_in_the_current_folder_or_by_its_path(desk):
                  f"{desk}/sub/other.py:three"):
         function, _ = rewards.load(spec, "--reward")[spec]
         assert function("ab", None, None) == [3, 3]
-    function, _ = rewards.load("math:hypot", "--reward")["math:hypot"]
-    assert function(3, 4) == 5
+    assert sys.path[:len(before)] == before  # users' folders come last, so they hide no library
 
 
 def test_a_bug_in_a_users_file_is_shown_as_python_shows_it(desk):
@@ -1504,14 +1454,6 @@ def test_a_bug_in_a_users_file_is_shown_as_python_shows_it(desk):
         rewards.load("unfinished.py:f", "--reward")
     with pytest.raises(FileNotFoundError, match="my own bug"):
         run(*TINY, "--reward", "custom.py:broken")
-
-
-def test_a_users_folder_is_searched_last_so_that_it_hides_no_library(desk):
-    Path("sub").mkdir()
-    Path("sub/last.py").write_text("def f(*_): return [0]")
-    before = sys.path.copy()
-    rewards.load("sub/last.py:f", "--reward")
-    assert sys.path == [*before, str(desk / "sub")]
 
 
 def prompts_of(folder, split="train"):
@@ -1561,12 +1503,6 @@ def test_every_prompt_is_checked_for_every_reward_before_the_run(desk):
 def test_the_reward_chooses_the_toys_prompts(reward, task):
     first = rewards.load_prompts(Config(reward=reward), "test")[0]
     assert ("sign" in first["prompt"]) == (task == "ocr")
-
-
-def test_the_toy_is_small():
-    files = [path for path in (HERE / "toy").rglob("*")
-             if path.is_file() and "build" not in path.parts]
-    assert sum(path.stat().st_size for path in files) < 10e6
 
 
 @pytest.mark.parametrize("reward", ["ocr", "geneval"])
@@ -1692,16 +1628,8 @@ def test_the_presets_have_the_published_values(desk, preset):
     assert VALUES[preset].items() <= asdict(config).items()
 
 
-def test_every_preset_is_tested():
-    assert set(flow_grpo.PRESETS) == set(VALUES) - {""}
-
-
-def test_the_toys_presets_need_no_gpu(desk):
-    assert flow_grpo.parse_config(["--preset", "geneval"]).window == 2
-
-
 def test_the_first_reward_chooses_a_preset_and_an_option_wins_over_it(desk):
-    geneval = parse("--preset", "geneval")
+    geneval = replace(flow_grpo.parse_config(["--preset", "geneval"]), cpu=True)  # needs no --cpu
     for reward in ("geneval", "geneval:1", " geneval:0.5,ocr"):
         assert replace(parse("--reward", reward), reward="geneval", preset="geneval") == geneval
     assert parse("--reward", "ocr,geneval").epochs == 6
@@ -1785,6 +1713,7 @@ def test_a_run_says_what_it_does(whole_run):
                 "seconds"):
         assert f" {key} " in line
     assert "The best LoRA is in runs/x/samples/000" in said[-1]
+    assert not any("no pictures" in line for line in said)
 
 
 def test_the_last_line_says_what_was_gained_and_which_evaluation_was_the_best():
@@ -1828,16 +1757,7 @@ def test_before_after_shows_the_first_and_the_last_evaluation_with_whole_caption
         shown = plot.get_images()[0].get_array()
         assert (shown[0, 0, 0], shown[0, -1, 0]) == levels
         assert plot.get_title().split() == caption.split()
-
-
-def panels(figure):
-    """{title of a panel: {label of a line: its points}}"""
-    found = {}
-    for plot in figure.axes:
-        assert plot.get_xlabel() == "epoch"
-        lines = plot.get_lines()
-        found[plot.get_title()] = {line.get_label(): line.get_xydata().tolist() for line in lines}
-    return found
+        assert not plot.title.get_parse_math()  # two $ do not make a formula
 
 
 def test_the_curve_has_a_panel_for_each_metric(evaluated, figures):
@@ -1846,7 +1766,12 @@ def test_the_curve_has_a_panel_for_each_metric(evaluated, figures):
         {"epoch": 1, "reward/a": 0.3, "kl": 0.01},
         {"epoch": 2, "reward/a": 0.4, "kl": 0.02, "eval_reward/a": 0.5, "eval_reward/b": 4.0,
          "eval_accuracy": 0.6}])
-    assert panels(figures[0]) == {
+    panels = {}
+    for plot in figures[0].axes:
+        assert plot.get_xlabel() == "epoch"
+        panels[plot.get_title()] = {
+            line.get_label(): line.get_xydata().tolist() for line in plot.get_lines()}
+    assert panels == {
         "a": {"training": [[1, 0.3], [2, 0.4]], "evaluation": [[0, 0.1], [2, 0.5]]},
         "b": {"evaluation": [[0, 5.0], [2, 4.0]]},
         "share of right images": {"evaluation": [[0, 0.2], [2, 0.6]]},
@@ -1881,11 +1806,10 @@ def test_at_most_12_images_are_kept(monkeypatch, tmp_path):
 
 
 def test_a_terminal_that_cannot_print_a_prompt_does_not_stop_a_run(desk, monkeypatch):
-    Path("train.txt").write_text("a na\u00efve \U0001f600 circle\n", "utf-8")
-    shutil.copy("train.txt", "test.txt")
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252"))
-    run(*TINY, "--epochs", 0, "--reward", "custom.py:ink", "--dataset", ".", "--name", "x")
+    monkeypatch.setattr(flow_grpo, "train", lambda config: flow_grpo.say("\U0001f600"))
+    run(*TINY)
     assert b"\\U0001f600" in written.getvalue()
 
 
@@ -1921,9 +1845,8 @@ def copied_run(desk, whole_run):
     return shutil.copytree(folder, desk / "runs/x")
 
 
-def test_a_damaged_picture_does_not_stop_a_run(copied_run, capsys, monkeypatch):
-    monkeypatch.setattr(flow_grpo, "draw_before_after", draw_before_after)
-    (copied_run / "samples/0000/00.png").write_bytes(b"half a picture")
+def test_a_picture_that_cannot_be_drawn_does_not_stop_a_run(copied_run, capsys):
+    flow_grpo.draw_film.side_effect = OSError("half a picture")
     run("--resume", "runs/x", "--epochs", 3)
     assert "warning: no pictures this time" in capsys.readouterr().out
     assert len(read_metrics(copied_run)) == 4
@@ -1953,8 +1876,7 @@ def run_until_killed(owner, name, n):
 
 @pytest.mark.parametrize("owner, name, n, epochs_written", [
     (torch, "save", 2, 2),  # while the checkpoint of the first epoch is written
-    (flow_grpo.Policy, "optimize", 3, 2),  # in the second epoch
-    (flow_grpo, "draw_film", 2, 3)])  # at the last pictures
+    (flow_grpo.Policy, "optimize", 3, 2)])  # in the second epoch
 def test_a_run_killed_anywhere_resumes_as_if_it_had_not_been(
         desk, whole_run, owner, name, n, epochs_written):
     """To the same weights, optimizer and metrics, bit for bit"""
@@ -2002,25 +1924,13 @@ def checkpoint_bytes(content):
     lambda good: good[:len(good) // 2],
     lambda good: b"hello",
     lambda good: b"",
-    lambda good: checkpoint_bytes([1]),
+    lambda good: checkpoint_bytes(torch.load(io.BytesIO(good)) | {"code": print}),
     lambda good: checkpoint_bytes({}),
     lambda good: checkpoint_bytes({"options": {"no_such_option": 1}})])
 def test_a_damaged_or_foreign_checkpoint_is_one_line(copied_run, damage):
     path = copied_run / "checkpoint.pt"
     path.write_bytes(damage(path.read_bytes()))
     assert "--resume runs/x: its checkpoint.pt" in exits(run, "--resume", "runs/x")
-
-
-class Code:
-    """Whoever loads it without care makes a folder"""
-    def __reduce__(self):
-        return os.mkdir, ("evil",)
-
-
-def test_a_checkpoint_may_not_run_code(copied_run):
-    (copied_run / "checkpoint.pt").write_bytes(checkpoint_bytes({"options": Code()}))
-    assert "--resume runs/x: its checkpoint.pt" in exits(run, "--resume", "runs/x")
-    assert not Path("evil").exists()
 
 
 def test_a_resumed_run_has_the_options_of_its_checkpoint(copied_run):
@@ -2084,20 +1994,17 @@ def test_stock_diffusers_with_the_lora_draws_the_evaluations_image(desk, name):
     assert draws("0001/00.png") <= 1
 
 
-def test_report_to_tensorboard_writes_events(desk, monkeypatch):
-    monkeypatch.setattr(flow_grpo, "draw_before_after", draw_before_after)
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run(*TINY, "--reward", "custom.py:ink", "--name", "x", "--report_to", "tensorboard")
-    path = min(Path("runs/x").rglob("*tfevents*"), key=lambda path: len(path.parts))
-    logged = events.EventAccumulator(str(path)).Reload()
-    scores = logged.Scalars("eval_reward")
-    assert [event.step for event in scores] == [0, 1]
-    expected = [row["eval_reward"] for row in read_metrics("runs/x")]
-    assert [event.value for event in scores] == pytest.approx(expected)
-    pictures = logged.Images("before_after")
-    assert [event.step for event in pictures] == [0, 1]
-    shown = Image.open(io.BytesIO(pictures[1].encoded_image_string)).convert("RGB")
-    assert difference(shown, Image.open("runs/x/before_after.png").convert("RGB")) == 0
+def test_a_tracker_gets_the_metrics_and_the_picture(copied_run):
+    tracker = Mock()
+    tracker.name = "tensorboard"
+    accelerator = Mock(trackers=[tracker])
+    row = {"epoch": 0, "eval_reward": 0.5}
+    flow_grpo.report(small(), copied_run, [row], accelerator)
+    accelerator.log.assert_called_once_with(row, step=0)
+    pictures, epoch = tracker.log_images.call_args.args
+    picture = Image.open(copied_run / "before_after.png").convert("RGB")
+    assert epoch == 0
+    assert difference(pictures["before_after"][0], picture) == 0
 
 
 def run_in_two_processes(*options):
