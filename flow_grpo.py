@@ -77,7 +77,7 @@ from PIL import Image, ImageDraw
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-import rewards  # the prompts and the rewards. A reward is loaded as {name: (function, weight)}
+import rewards  # the prompts and the rewards
 
 # `accelerate launch` starts this script once for each GPU, plain `python` starts it once.
 WORLD = PartialState(cpu=not torch.accelerator.is_available())
@@ -106,8 +106,9 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9 of the paper
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# Why does equation 9 give x the same density p at every time as the ODE? A small SDE step does what
-# the ODE's step does, and two more things:
+# Why does equation 9 give x the same density p at every time as the ODE? (The argument can be
+# skipped: nothing later depends on it.) A small SDE step does what the ODE's step does, and two
+# more things:
 #
 #   1. It adds fresh noise of variance std^2. Noise spreads a density like heat:
 #
@@ -117,8 +118,9 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #      which is -std^2 / (2t) * noise_guess. To see what that does to p, we need the gradient of
 #      log p, which is called the score. If there were only one data point, p would be a Gaussian of
 #      std t around (1-t) * data, with the score -(x - (1-t) * data) / t^2 = -noise / t. With many
-#      data points the score is the average of these, -noise_guess / t (equation 27). So
-#      u = std^2 / 2 * grad(log p). Moving every x by u carries the density along:
+#      data points the score is the average of these over everything that could have led to this x,
+#      -noise_guess / t (equation 27). So u = std^2 / 2 * grad(log p). Moving every x by u carries
+#      the density along:
 #
 #          p changes by  -div(p * u)  =  -std^2 / 2 * laplacian(p),
 #
@@ -129,17 +131,21 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 # This is exact for a perfect v and infinitely small steps. But 10 steps are not small. On SD3.5's
 # time grid the first one goes from t = 1 to s = 0.96. At t = 1 sigma would be infinite. There the
 # official code divides by 1-s instead of 1-t, so std = a / sqrt(1-s) * sqrt(1-s) = a. For a = 0.7
-# this gives keep = 0.96 - 0.7^2 / 2 = 0.715. Together the kept and the fresh noise have a std of
-# sqrt(0.715^2 + 0.7^2) = 1.001. It should be s = 0.96, so x is 4 % too noisy. In late steps the
-# error is far larger, see `choose_window`.
+# this gives keep = 0.96 - 0.7^2 / 2 = 0.715. Together the kept noise (at t = 1 noise_guess is x
+# itself, with a std of 1) and the fresh noise have a std of sqrt(0.715^2 + 0.7^2) = 1.001. It
+# should be s = 0.96, so x is 4 % too noisy. In late steps the error is far larger, see
+# `choose_window`.
 #
-# CPS has keep^2 + std^2 = s^2. It takes c * noise_guess out of the ODE's x, with c = s - keep, and
-# adds fresh noise. If steps are small, the covariance of x and noise_guess is s, so the variance of
-# x changes by -2cs + c^2 * var(noise_guess) + std^2. This would be 0 if noise_guess had a variance
-# of 1, like the true noise. But noise_guess is an average, and an average varies less, so x loses
-# variance. Near t = 1 it loses little, because there noise_guess is nearly the true noise. But if
-# all steps are random, a narrow Gaussian in the data ends with cos(a * pi/4) times its std: 15 %
-# too narrow for a = 0.7. Smaller steps do not help, because each replaces the same share of noise.
+# CPS (coefficients-preserving sampling) avoids this: keep^2 + std^2 = s^2, so there is no extra
+# noise, whatever the size of the steps. Its price is variety. Compared with the ODE, it takes c *
+# noise_guess out of x, with c = s - keep, and adds fresh noise. In each dimension the covariance of
+# x and noise_guess is that of x and the true noise, which is s if the step is small. So the
+# variance of x changes by -2cs + c^2 * var(noise_guess) + std^2. With the variance of the true
+# noise, 1, this would be keep^2 + std^2 - s^2 = 0. But noise_guess is an average, and an average
+# varies less, so x loses variance. Near t = 1 it loses little, because there noise_guess is nearly
+# the true noise. But if all steps are random and the data are a narrow Gaussian, the images end
+# with cos(a * pi/4) times its std: 15 % too narrow for a = 0.7. Smaller steps do not help, because
+# each of them replaces the same share of the noise.
 
 
 class Step(NamedTuple):
@@ -148,7 +154,7 @@ class Step(NamedTuple):
     s: torch.Tensor
     keep: torch.Tensor  # how much of noise_guess stays
     std: torch.Tensor  # how much fresh noise is added
-    kl_scale: torch.Tensor  # what kl_penalty divides by: sigma for the flow SDE, std for CPS
+    kl_scale: torch.Tensor  # the scale in kl_penalty: sigma for the flow SDE, std for CPS
 
 
 def make_step(times, i, noise_level, sde="flow"):
@@ -204,9 +210,9 @@ def gaussian_log_prob(x_next, mean, std):
     over them instead, and so do we. `clipped_loss` says what this means for the ratio.
 
     PAPER/CODE: For CPS the code uses -(x_next - mean)^2, without the factor 1 / (2 * std^2) of a
-    Gaussian. We keep the factor, because a ratio needs a true density. It is below 1 in the early
-    steps, but very large in the late ones, where std is small. There the late steps would dominate
-    the gradient, so use an early window with CPS.
+    Gaussian. We keep the factor, so that the same lines serve both samplers. It is below 1 in the
+    early steps, but very large in the late ones, where the std of CPS is small, and these would
+    dominate the gradient. So use an early window with CPS.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -282,8 +288,8 @@ def clipped_loss(ratio, advantages, clip_range):
 # -------------------------------------------------------------------------------------- 2. rollout
 # In terms of reinforcement learning, a state is (prompt, t, x), an action is x_next, and an episode
 # is the way from noise to an image. There is one reward, at the end, and we cannot know which of
-# the steps earned it. So every step of an image gets the advantage of the image. What the other
-# steps did is random and averages out.
+# the steps earned it. So every step of an image gets the advantage of the image. For any one step,
+# what the other steps contributed to it is random, and averages out over many images.
 #
 # `policy` is the network with its text encoders and its VAE, the class Policy of chapter 5.
 # policy.velocity(x, t, condition) is v, where the condition is the encoded prompt.
@@ -305,10 +311,10 @@ def choose_window(config, rng):
     They are `window` steps in a row, which begin at a random step from 0 to `latest_start`. If
     `window` is 0, they are all steps but the last, as in the official code.
 
-    PAPER/CODE: The paper speaks of all steps. But the last one ends at s = 0, so its noise would
-    stay in the image. The code does not train it, and we follow the ODE there.
+    PAPER/CODE: The paper speaks of all steps. The code does not train the last one, which ends at
+    s = 0, where CPS has no noise and so no density. We follow the ODE there.
 
-    The last but one is bad enough. On SD3.5's time grid it goes from t = 0.28 to s = 0.009 with a
+    The last but one is the noisiest. On SD3.5's time grid it goes from t = 0.28 to s = 0.009 with a
     std of 0.225, which is 25 times the noise that an x at s = 0.009 should have. Its keep is even
     negative. The last step moves x by only 0.009 * v and cannot remove this noise, so with
     `window` 0 the training images stay visibly noisy. All images of a group are equally noisy, so a
@@ -366,7 +372,7 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
                 x, log_prob[batch, k] = sde_step(x, v, step, fresh_noise)
                 latents[batch, k + 1] = x
             else:
-                x = x + v * (step.s - step.t)  # the ODE
+                x = x + v * (step.s - step.t)  # the ODE needs only the times of a step
         images += policy.decode(x)
     return Rollout(images, condition, times, window, latents, log_prob)
 
@@ -398,14 +404,14 @@ def update(policy, config, drawn, advantages):
     parts = image_numbers.chunk(config.updates, dim=1)
     for updates_before, part in enumerate(parts):
         pairs = torch.cartesian_prod(part.flatten(), sde_steps)  # each image with each SDE step
-        count = len(pairs) * WORLD.num_processes
+        pairs_of_all_processes = len(pairs) * WORLD.num_processes
         for batch in progress(pairs.split(config.batch_size), "update"):
             policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
             check_ratio(ratio, config.clip_range, is_first=updates_before == 0)
             loss = policy_loss + config.beta * kl
             # Each batch adds its share to the gradient, and `optimize` adds the gradients of all
             # processes. Together this is the gradient of the mean over all pairs.
-            (loss.sum() / count).backward()
+            (loss.sum() / pairs_of_all_processes).backward()
             kls.append(kl.detach())
             ratios.append(ratio.detach())
         norms.append(policy.optimize())
@@ -458,14 +464,14 @@ def losses(policy, config, drawn, advantages, batch):
 def check_ratio(ratio, clip_range, is_first):
     """Stop if a ratio is not 1 before the first update, when the policy is the one that sampled.
 
-    Rounding in the network moves a ratio a little, by up to 1e-5 in float32. We allow half of the
-    clip range, but at least 1e-5 and at most 1e-4.
+    Rounding in the network moves a ratio a little, by up to 1e-5 in float32. (In bf16 it does not,
+    as long as all batches have the same size.) We allow half of the clip range, but at least 1e-5
+    and at most 1e-4.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
     off = (ratio - 1).abs().max().item()
-    allowed = max(clip_range / 2, 1e-5)
-    allowed = min(allowed, 1e-4)
+    allowed = np.clip(clip_range / 2, 1e-5, 1e-4)
     if is_first and off > allowed:
         sys.exit(f"before the first update a ratio is off by {off:.2g}, but it must be 1: sampling "
                  "and training do not compute the same thing (guidance? dropout?)")
@@ -488,21 +494,23 @@ def train_epoch(policy, config, reward, train_set, epoch):
     size = config.group_size
     rng = random.Random(f"{config.seed}/{epoch}")
     repeats = math.ceil(groups / len(train_set))  # above 1 if there are fewer prompts than groups
-    chosen = rng.sample(train_set * repeats, groups)
+    pool = train_set * repeats
+    chosen = rng.sample(pool, groups)
     first_seeds = [rng.getrandbits(60) for _ in range(groups * size)]
     fresh_seeds = [rng.getrandbits(60) for _ in range(groups * size)]
     if config.same_noise:  # each group starts from one first noise, and only its SDE steps differ
         first_seeds = repeat_each(first_seeds[:groups], size)
     window = choose_window(config, rng)
 
-    # With several processes each of them takes a part of the groups.
+    # With several processes each of them takes a part of the groups. `rows`, `drawn` and
+    # `own_advantages` are those of this process; the scores and advantages are those of all.
     rows = my_part(chosen)
     prompts = [row["prompt"] for row in rows]
     drawn = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
                     my_part(fresh_seeds))
 
-    # Each process scores its own images, and gets the scores of all images of the epoch: a dict
-    # with an array for each reward, and their weighted sum as "reward".
+    # A dict with an array for each reward, and their weighted sum as "reward". Each process scores
+    # its own images, and gets the scores of all.
     scores = rewards.score(reward, drawn.images, repeat_each(rows, size))
 
     total = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
@@ -540,7 +548,8 @@ def evaluate(policy, config, watched, test_set, folder):
 
     We evaluate a moving average of the LoRA's weights, which is less noisy than any single update.
     The seeds are the same in every evaluation, whatever --seed is, so that runs can be compared.
-    Accuracy is the share of images that the first reward finds entirely right.
+    If the first reward knows a right answer, as OCR and GenEval do, the accuracy is the share of
+    images that are entirely right.
     """
     n = config.eval_per_prompt
     if config.eval_prompts > 0:
@@ -551,8 +560,9 @@ def evaluate(policy, config, watched, test_set, folder):
     seeds = [number * n + copy for number in numbers for copy in range(n)]
     no_sde_steps = range(0)
     with policy.averaged():
-        images = rollout(policy, config, prompts, seeds, config.eval_steps, no_sde_steps).images
-    scores = rewards.score(watched, images, repeat_each(rows, n))
+        drawn = rollout(policy, config, prompts, seeds, config.eval_steps, no_sde_steps)
+    # These are the images of this process, but the scores of all processes.
+    scores = rewards.score(watched, drawn.images, repeat_each(rows, n))
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
     first_reward = list(watched)[0]
@@ -560,9 +570,8 @@ def evaluate(policy, config, watched, test_set, folder):
         right = scores[f"reward/{first_reward}"] == 1
         metrics["eval_accuracy"] = right.mean()
         metrics |= accuracy_by_tag(right, repeat_each(test_set, n))
-    # The first image of each prompt is kept. Prompts and scores are those of all processes, and
-    # save_images collects the images.
-    first_images = images[::n]
+    # The first image of each prompt is kept. save_images collects those of all processes.
+    first_images = drawn.images[::n]
     first_scores = scores["reward"][::n]
     save_images(first_images, test_set, first_scores, folder)
     return metrics
@@ -602,7 +611,8 @@ def train(config):
         f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
 
     if len(history) > config.epochs:
-        # The run is finished. Evaluate it once more, for example on all prompts (--eval_prompts 0).
+        # The run is finished, and the loop below is empty. Evaluate once more, for example on all
+        # prompts (--eval_prompts 0).
         metrics = evaluate(policy, config, watched, test_set, folder / "samples/again")
         say(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     for epoch in progress(range(len(history), config.epochs + 1), "epochs"):
@@ -643,11 +653,11 @@ class Policy:
       forward       gives the velocity. t is 1 for noise, and v leads from the image to the noise.
                     Some networks define t and v the other way round.
 
-    Write these only if the family needs them:
+    Write these only if they are needed:
 
-      velocity      its guidance is an input of the network
-      time_grid     its own pipeline calls set_timesteps with more than the number of steps
-      decode        its VAE scales the latents in another way
+      velocity      if its guidance is an input of the network
+      time_grid     if its own pipeline calls set_timesteps with more than the number of steps
+      decode        if its VAE scales the latents in another way
 
     Your class is right if a rollout with an empty window gives the image of the family's own
     pipeline with the same scheduler. The tests check this for all in their list FAMILIES.
@@ -801,7 +811,7 @@ class Policy:
         self.optimizer.zero_grad()
         self.updates += 1
         n = self.updates
-        no_averaging = self.config.ema_decay == 0
+        no_averaging = self.config.ema_decay == 0  # then the average is always the weights
         if n % self.config.ema_every == 0 or no_averaging:
             # The decay grows, so that the average soon forgets the start (the code's ema.py).
             decay = min(self.config.ema_decay, (1 + n) / (10 + n))
@@ -1010,9 +1020,9 @@ class Config:
     # a. Too little explores nothing, too much spoils the images. 0 is not allowed, because a step
     # without noise has no density
     noise_level: float = 0.7
-    sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS: no extra noise, less variety
+    sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS (see chapter 1)
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
-    latest_start: int = 0  # the window starts at a random step from 0 to this: here always with 0
+    latest_start: int = 0  # the window starts at a random step from 0 to this
     # One first noise for a group. Then its images differ only by the SDE steps, which are what is
     # trained. Better for the toy, but the paper found that it explores less
     same_noise: bool = True
@@ -1050,8 +1060,9 @@ PAPER = dict(
     learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04, std_over="epoch", lora_rank=32,
     ema_decay=0.81, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
 
-# For one GPU of 24 GB. The values are those of the script in pull requests 159 and 178 of verl-omni
-# (github.com/verl-project/verl-omni), but adam_eps is from pull request 407 of UniRL.
+# For one GPU of 24 GB. These are not the settings of the authors' Flow-GRPO-Fast, but those of the
+# script in pull requests 159 and 178 of verl-omni (github.com/verl-project/verl-omni). adam_eps is
+# from pull request 407 of UniRL.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,

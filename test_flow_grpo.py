@@ -394,11 +394,13 @@ def test_the_metrics_of_an_update_are_of_the_whole_epoch(monkeypatch):
     losses = Mock(side_effect=[(kl, kl, first), (kl, kl, second)])
     monkeypatch.setattr(flow_grpo, "losses", losses)
     policy = Mock(config=small(groups=1, clip_range=0.1), optimize=Mock(side_effect=[0.25, 0.75]))
+    another = torch.ones(8)  # a second process, where the KL and all ratios are 1
+    monkeypatch.setattr(flow_grpo, "gather", lambda values: torch.cat([values, another]))
     metrics = learn(policy, Mock(window=range(2)), torch.zeros(4))
     assert not any(torch.is_tensor(value) and value.requires_grad for value in metrics.values())
     metrics = {key: float(value) for key, value in metrics.items()}
     assert metrics == pytest.approx(dict(
-        kl=0.15, ratio_deviation=0.2, clip_low=1 / 8, clip_high=2 / 8, grad_norm=0.5), rel=1e-4)
+        kl=0.575, ratio_deviation=0.2, clip_low=1 / 16, clip_high=2 / 16, grad_norm=0.5), rel=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run():
