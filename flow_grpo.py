@@ -131,21 +131,17 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 # This is exact for a perfect v and infinitely small steps. But 10 steps are not small. On SD3.5's
 # time grid the first one goes from t = 1 to s = 0.96. At t = 1 sigma would be infinite. There the
 # official code divides by 1-s instead of 1-t, so std = a / sqrt(1-s) * sqrt(1-s) = a. For a = 0.7
-# this gives keep = 0.96 - 0.7^2 / 2 = 0.715. Together the kept noise (at t = 1 noise_guess is x
-# itself, with a std of 1) and the fresh noise have a std of sqrt(0.715^2 + 0.7^2) = 1.001. It
-# should be s = 0.96, so x is 4 % too noisy. In late steps the error is far larger, see
-# `choose_window`.
+# this gives keep = 0.96 - 0.7^2 / 2 = 0.715. At t = 1 noise_guess is x itself, with a std of 1. So
+# the kept and the fresh noise together have a std of sqrt(0.715^2 + 0.7^2) = 1.001. It should be
+# s = 0.96, so x is 4 % too noisy. In late steps the error is far larger, see `choose_window`.
 #
 # CPS (coefficients-preserving sampling) avoids this: keep^2 + std^2 = s^2, so there is no extra
-# noise, whatever the size of the steps. Its price is variety. Compared with the ODE, it takes c *
-# noise_guess out of x, with c = s - keep, and adds fresh noise. In each dimension the covariance of
-# x and noise_guess is that of x and the true noise, which is s if the step is small. So the
-# variance of x changes by -2cs + c^2 * var(noise_guess) + std^2. With the variance of the true
-# noise, 1, this would be keep^2 + std^2 - s^2 = 0. But noise_guess is an average, and an average
-# varies less, so x loses variance. Near t = 1 it loses little, because there noise_guess is nearly
-# the true noise. But if all steps are random and the data are a narrow Gaussian, the images end
-# with cos(a * pi/4) times its std: 15 % too narrow for a = 0.7. Smaller steps do not help, because
-# each of them replaces the same share of the noise.
+# noise, whatever the size of the steps. Its price is variety. CPS is right near t = 1, where
+# noise_guess is nearly the true noise. Later noise_guess varies little, because it is an average.
+# Then the keep of equation 9 would be right, s - std^2 / (2t), and CPS keeps less: for a = 0.7 only
+# 0.45 * s instead of about 0.60 * s. So x becomes too narrow. If all steps are random and the data
+# are a narrow Gaussian, the images end with cos(a * pi/4) times its std, which is 15 % too narrow.
+# Smaller steps do not help, because the std of CPS is the same share of s in all of them.
 
 
 class Step(NamedTuple):
@@ -314,9 +310,9 @@ def choose_window(config, rng):
     PAPER/CODE: The paper speaks of all steps. The code does not train the last one, which ends at
     s = 0, where CPS has no noise and so no density. We follow the ODE there.
 
-    The last but one is the noisiest. On SD3.5's time grid it goes from t = 0.28 to s = 0.009 with a
-    std of 0.225, which is 25 times the noise that an x at s = 0.009 should have. Its keep is even
-    negative. The last step moves x by only 0.009 * v and cannot remove this noise, so with
+    The last but one does the most harm. On SD3.5's time grid it goes from t = 0.28 to s = 0.009
+    with a std of 0.225, which is 25 times the noise that an x at s = 0.009 should have. Its keep is
+    even negative. The last step moves x by only 0.009 * v and cannot remove this noise, so with
     `window` 0 the training images stay visibly noisy. All images of a group are equally noisy, so a
     reward that tolerates noise can still compare them.
 
