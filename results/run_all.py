@@ -89,35 +89,46 @@ def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
-def write_datasets():
-    """dev/ocr: 60 training words are held out. dev/generalization: a shape, a color, a number."""
+def write_words():
+    """dev/ocr: 60 training words are held out"""
     words = (TOP / "toy/ocr/train.txt").read_text("utf-8").splitlines()
     folder = TOP / "dev/ocr"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.txt").write_text("\n".join(words[:-60]) + "\n", "utf-8")
     (folder / "test.txt").write_text("\n".join(words[-60:]) + "\n", "utf-8")
 
+
+def write_generalization():
+    """dev/generalization: a shape, a color and a number are held out"""
     train = read_jsonl(TOP / "toy/geneval/train_metadata.jsonl")
     scenes = train + read_jsonl(TOP / "toy/geneval/test_metadata.jsonl")
     unseen = re.compile("cross|purple|four")
+    seen = [row for row in train if not unseen.search(row["prompt"])]
     test = []
-    for tag in sorted({row["tag"] for row in scenes}):  # 24 rows of each task
-        new = re.compile("four (circles|squares|triangles)" if tag == "counting" else "cross|purple")
-        rows = {row["prompt"]: row for row in scenes
-                if row["tag"] == tag and new.search(row["prompt"])}
-        rows = [rows[prompt] for prompt in sorted(rows)]
+    for tag in sorted({row["tag"] for row in scenes}):
+        new = re.compile("cross|purple")
+        if tag == "counting":
+            new = re.compile("four (circles|squares|triangles)")
+        found = {}  # each prompt once
+        for row in scenes:
+            if row["tag"] == tag and new.search(row["prompt"]):
+                found[row["prompt"]] = row
+        rows = [found[prompt] for prompt in sorted(found)]
         random.Random(0).shuffle(rows)
-        test += (rows * 24)[:24]  # some tasks have fewer scenes, so these come again
+        test += (rows * 24)[:24]  # 24 of each task. Some have fewer, so these come again
     folder = TOP / "dev/generalization"
-    write_jsonl(folder / "train_metadata.jsonl",
-                [row for row in train if not unseen.search(row["prompt"])])
+    write_jsonl(folder / "train_metadata.jsonl", seen)
     write_jsonl(folder / "test_metadata.jsonl", test)
 
 
 def curves(history, keys):
     """{key: [[epoch, value], ...]}, four digits each"""
-    return {key: [[int(row["epoch"]), float(f"{row[key]:.4g}")] for row in history if key in row]
-            for key in keys if any(key in row for row in history)}
+    found = {}
+    for key in keys:
+        points = [[int(row["epoch"]), float(f"{row[key]:.4g}")] for row in history if key in row]
+        if points:
+            found[key] = points
+    return found
 
 
 def run(name, options, seed, file, threads):
@@ -157,7 +168,8 @@ def machine():
 def main(file=TOP / "results/runs.jsonl", prefix=""):
     file = Path(file)
     done = {row["run"] for row in read_jsonl(file)} if file.exists() else set()
-    write_datasets()
+    write_words()
+    write_generalization()
     alone, together = [], []
     for name, options, seeds in RUNS:
         for seed in seeds:
