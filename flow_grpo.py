@@ -384,10 +384,10 @@ def update(policy, config, drawn, advantages):
     drawn is the Rollout of this process (one of several, if there are several GPUs), and advantages
     [B] are those of its images.
 
-    The first update gets the first part of each group, the second the next part, and so on.
-    So each image is used once.
-    PAPER/CODE: The code shuffles the images of the epoch first. We need not, because the images of
-    a group are all drawn in the same way, and any part of them is as good as any other.
+    The first update gets the first part of each group, the second the next part, and so on. So
+    each image is used once. PAPER/CODE: The code shuffles the images of the epoch first. We need
+    not, because the images of a group are all drawn in the same way, and any part of them is as
+    good as any other.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
     keeps them. We keep them, because they still have a KL penalty, if beta is not 0.
@@ -509,8 +509,8 @@ def train_epoch(policy, config, reward, train_set, epoch):
     # its own images, and gets the scores of all.
     scores = rewards.score(reward, drawn.images, repeat_each(rows, size))
 
-    total = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
-    advantages = group_advantages(total, config.std_over)
+    group_scores = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
+    advantages = group_advantages(group_scores, config.std_over)
     if not advantages.isfinite().all():
         sys.exit("an advantage is not finite: the scores of the reward are too large")
     own_advantages = my_part(advantages).flatten()
@@ -519,9 +519,9 @@ def train_epoch(policy, config, reward, train_set, epoch):
 
     # The share of groups that teach nothing, because all their images have the same score. When it
     # is high from the start, try other prompts, larger groups, or a reward with finer differences.
-    equal = total.amax(1) == total.amin(1)
+    equal = group_scores.amax(1) == group_scores.amin(1)
     metrics["no_signal"] = equal.float().mean()
-    metrics["group_std"] = total.std(1, unbiased=False).mean()
+    metrics["group_std"] = group_scores.std(1, unbiased=False).mean()
     return metrics | {key: values.mean() for key, values in scores.items()}
 
 
@@ -588,7 +588,7 @@ def train(config):
     test_set = rewards.load_prompts(config, "test")
     say(f"loading the reward {config.reward} and the model {config.model}")
     reward = rewards.load(config.reward, "--reward")
-    # The evaluations measure all of `watched`. The weight 0 keeps the others out of the sum.
+    # The evaluations measure all of `watched`: the reward, and with a weight of 0 the others.
     watched = dict(reward)
     for name, (function, _) in rewards.load(config.eval_reward, "--eval_reward").items():
         if name not in watched:
