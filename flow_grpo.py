@@ -1107,7 +1107,7 @@ def parse_config(argv=None):
         preset = first_reward
     if config.resume:
         saved = read_checkpoint(config.resume)["options"]
-        config = parse(saved | {"resume": config.resume})
+        config = parse(saved)
     elif preset:
         if preset not in PRESETS:
             sys.exit(f"--preset {preset}: choose from {', '.join(PRESETS)}")

@@ -2000,12 +2000,12 @@ def test_a_tracker_gets_the_metrics_and_the_picture(copied_run):
     tracker = Mock()
     tracker.name = "tensorboard"
     accelerator = Mock(trackers=[tracker])
-    row = {"epoch": 0, "eval_reward": 0.5}
-    flow_grpo.report(small(), copied_run, [row], accelerator)
-    accelerator.log.assert_called_once_with(row, step=0)
+    row = {"epoch": 1, "eval_reward": 0.5}
+    flow_grpo.report(small(), copied_run, [{"epoch": 0}, row], accelerator)
+    accelerator.log.assert_called_once_with(row, step=1)
     pictures, epoch = tracker.log_images.call_args.args
     picture = Image.open(copied_run / "before_after.png").convert("RGB")
-    assert epoch == 0
+    assert epoch == 1
     assert difference(pictures["before_after"][0], picture) == 0
 
 
