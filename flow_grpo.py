@@ -135,13 +135,11 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 # the kept and the fresh noise together have a std of sqrt(0.715^2 + 0.7^2) = 1.001. It should be
 # s = 0.96, so x is 4 % too noisy. In late steps the error is far larger, see `choose_window`.
 #
-# CPS (coefficients-preserving sampling) avoids this: keep^2 + std^2 = s^2, so there is no extra
-# noise, whatever the size of the steps. Its price is variety. CPS is right near t = 1, where
-# noise_guess is nearly the true noise. Later noise_guess varies little, because it is an average.
-# Then the keep of equation 9 would be right, s - std^2 / (2t), and CPS keeps less: for a = 0.7 only
-# 0.45 * s instead of about 0.60 * s. So x becomes too narrow. If all steps are random and the data
-# are a narrow Gaussian, the images end with cos(a * pi/4) times its std, which is 15 % too narrow.
-# Smaller steps do not help, because the std of CPS is the same share of s in all of them.
+# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. This gives x the right variance
+# in steps of any size, if noise_guess is like the true noise: of variance 1, and independent of the
+# data. Near t = 1 it nearly is. Later it is not, and then variety is lost: if all steps are random
+# and the data are a narrow Gaussian, the images end with cos(a * pi/4) times its std, which is 15 %
+# too narrow for a = 0.7. Smaller steps do not help (results/README.md has a picture).
 
 
 class Step(NamedTuple):
@@ -206,9 +204,9 @@ def gaussian_log_prob(x_next, mean, std):
     over them instead, and so do we. `clipped_loss` says what this means for the ratio.
 
     PAPER/CODE: For CPS the code uses -(x_next - mean)^2, without the factor 1 / (2 * std^2) of a
-    Gaussian. We keep the factor, so that the same lines serve both samplers. It is below 1 in the
-    early steps, but very large in the late ones, where the std of CPS is small, and these would
-    dominate the gradient. So use an early window with CPS.
+    Gaussian. We keep the factor, so that the same lines serve both samplers. The factor is below 1
+    in the early steps, but very large in the late ones, where the std of CPS is small, so the late
+    steps would dominate the gradient. Use an early window with CPS.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -285,7 +283,7 @@ def clipped_loss(ratio, advantages, clip_range):
 # In terms of reinforcement learning, a state is (prompt, t, x), an action is x_next, and an episode
 # is the way from noise to an image. There is one reward, at the end, and we cannot know which of
 # the steps earned it. So every step of an image gets the advantage of the image. For any one step,
-# what the other steps contributed to it is random, and averages out over many images.
+# what the other steps contributed to the reward is random, and averages out over many images.
 #
 # `policy` is the network with its text encoders and its VAE, the class Policy of chapter 5.
 # policy.velocity(x, t, condition) is v, where the condition is the encoded prompt.
@@ -384,10 +382,10 @@ def update(policy, config, drawn, advantages):
     drawn is the Rollout of this process (one of several, if there are several GPUs), and advantages
     [B] are those of its images.
 
-    The first update gets the first part of each group, the second the next part, and so on. So
-    each image is used once. PAPER/CODE: The code shuffles the images of the epoch first. We need
-    not, because the images of a group are all drawn in the same way, and any part of them is as
-    good as any other.
+    The first update gets the first part of each group, the second the next part, and so on. So each
+    image is used once, unlike in PPO. PAPER/CODE: The code shuffles the images of the epoch first.
+    We need not, because the images of a group are all drawn in the same way, and any part of them
+    is as good as any other.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
     keeps them. We keep them, because they still have a KL penalty, if beta is not 0.
@@ -458,11 +456,10 @@ def losses(policy, config, drawn, advantages, batch):
 
 
 def check_ratio(ratio, clip_range, is_first):
-    """Stop if a ratio is not 1 before the first update, when the policy is the one that sampled.
+    """Stop if a ratio is not 1 before the first update of an epoch.
 
-    Rounding in the network moves a ratio a little, by up to 1e-5 in float32. (In bf16 it does not,
-    as long as all batches have the same size.) We allow half of the clip range, but at least 1e-5
-    and at most 1e-4.
+    There the policy is still the one that sampled. Rounding in the network moves a ratio a little,
+    by up to 1e-5 in float32. We allow half of the clip range, but at least 1e-5 and at most 1e-4.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -505,8 +502,8 @@ def train_epoch(policy, config, reward, train_set, epoch):
     drawn = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
                     my_part(fresh_seeds))
 
-    # A dict with an array for each reward, and their weighted sum as "reward". Each process scores
-    # its own images, and gets the scores of all.
+    # Each process scores its own images, and gets the scores of all: a dict with an array for each
+    # reward, and with their weighted sum as "reward".
     scores = rewards.score(reward, drawn.images, repeat_each(rows, size))
 
     group_scores = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
@@ -536,11 +533,12 @@ def evaluate(policy, config, watched, test_set, folder):
     watched has the rewards to measure, {name: (function, weight)}.
 
     We train a random sampler and use it without randomness. Why does that work? The SDE and the ODE
-    follow the same v, so what moves the mean of an SDE step moves the ODE the same way. And as the
-    SDE nearly keeps the distribution of x in early steps, v is trained on such x as the ODE will
-    see. A short window trains v at a few times only. At the other times v changes, too, because one
-    LoRA serves all times. Nothing guarantees that this helps, but the evaluation shows whether it
-    does.
+    follow the same v, so what moves the mean of an SDE step moves the ODE in the same direction.
+    And as the SDE nearly keeps the distribution of x in early steps, v is trained on such x as the
+    ODE will see. (With `window` 0 the late x are noisier. What is learned carries over all the
+    same, as the paper's results show.) A short window trains v at a few times only. At the other
+    times v changes, too, because one LoRA serves all times. Nothing guarantees that this helps, but
+    the evaluation shows whether it does.
 
     We evaluate a moving average of the LoRA's weights, which is less noisy than any single update.
     The seeds are the same in every evaluation, whatever --seed is, so that runs can be compared.
