@@ -176,7 +176,7 @@ def sde_mean(x, v, step):
     For the flow SDE this is the mean in equation 9, which the paper writes as
         x + [v + sigma^2 / (2t) * (x + (1-t) * v)] * (s-t)
     The second term in the bracket is a multiple of noise_guess. Because s-t is negative, this moves
-    x away from the noise, towards higher p.
+    x away from the noise.
     """
     data_guess = x - step.t * v
     noise_guess = x + (1 - step.t) * v
@@ -184,7 +184,7 @@ def sde_mean(x, v, step):
 
 
 def sde_step(x, v, step, fresh_noise):
-    """One step of the policy. x, v and fresh_noise are [B, C, H, W] -> x_next and its log_prob"""
+    """One step of the policy. x, v and fresh_noise are [B, C, H, W] -> x_next, its log_prob [B]"""
     mean = sde_mean(x, v, step)
     x_next = mean + step.std * fresh_noise
     return x_next, gaussian_log_prob(x_next, mean, step.std)
@@ -200,8 +200,8 @@ def gaussian_log_prob(x_next, mean, std):
     happened to get. Raising log_prob moves the mean towards this x_next, lowering it moves the mean
     away. If the image turned out well, the model learns to do by itself what helped by chance.
 
-    PAPER/CODE: log p(x_next) is a sum over all D = C * H * W dimensions. The code takes the mean
-    over them instead, and so do we. `clipped_loss` says what this means for the ratio.
+    PAPER/CODE: log p(x_next) is a sum over all D dimensions. The code takes the mean over them
+    instead, and so do we. `clipped_loss` says what this means for the ratio.
 
     PAPER/CODE: For CPS the code uses -(x_next - mean)^2, without the factor 1 / (2 * std^2) of a
     Gaussian. We keep the factor, so that the same lines serve both samplers. The factor is below 1
@@ -1291,8 +1291,8 @@ def report(config, folder, history, accelerator):
 
 def log_picture(accelerator, path, epoch):
     """A picture for the trackers that show pictures"""
-    picture = Image.open(path).convert("RGB")
     for tracker in accelerator.trackers:
+        picture = Image.open(path).convert("RGB")
         if tracker.name == "tensorboard":
             pixels = np.asarray(picture)[None]
             tracker.log_images({path.stem: pixels}, epoch, dataformats="NHWC")

@@ -305,7 +305,8 @@ def pickscore(name="yuvalkirstain/PickScore_v1",
 
 def clipscore(name=CLIP):
     """Alignment: 100 x the cosine of image and prompt. Model: CLIP ViT-L/14 (1.7 GB)."""
-    return cosine_reward(load_clip(name, name)[1], 100)
+    _, embed = load_clip(name, name)
+    return cosine_reward(embed, 100)
 
 
 def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
@@ -345,15 +346,17 @@ def load_clip(name, processor):
 
     @torch.no_grad()
     def embed(images, texts):
-        parts = []
+        image_embeds = []
+        text_embeds = []
         for i in range(0, len(texts), 32):  # so many at a time
             inputs = processor(
                 images=[image.convert("RGB") for image in images[i:i + 32]],
                 text=list(texts[i:i + 32]), return_tensors="pt", padding=True, truncation=True,
                 max_length=model.config.text_config.max_position_embeddings)
             out = model(**inputs.to(model.device))
-            parts.append((out.image_embeds, out.text_embeds))
-        return [torch.cat(part) for part in zip(*parts)]  # [B, D] and [B, D]
+            image_embeds.append(out.image_embeds)
+            text_embeds.append(out.text_embeds)
+        return torch.cat(image_embeds), torch.cat(text_embeds)  # [B, D] and [B, D]
     return model, embed
 
 

@@ -198,7 +198,8 @@ def options():
         places = place + np.linspace(-0.2, 0.2, len(values))  # so that equal dots are seen
         axes.plot(values, places, "o", color=color, alpha=0.7, markersize=5)
         axes.plot(np.mean(values), place, "|", color=color, markersize=16)
-    before, *_ = [value for _, value in runs("words/default")[0]["curves"]["eval_accuracy"]]
+    curve = runs("words/default")[0]["curves"]["eval_accuracy"]
+    _, before = curve[0]
     axes.axvline(before, color="0.6", linestyle=":")
     axes.text(before + 0.003, 0, "before training", fontsize=8, color="0.4", va="center")
     axes.set_yticks(range(len(OPTIONS)), OPTIONS.values(), fontsize=8)
