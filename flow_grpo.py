@@ -92,13 +92,13 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 # probability is very close to 1, and bf16 would round it to 1.
 #
 # The network sees x and t, but not the data and the noise that x is made of. The best v that it can
-# predict is the average of noise - data over everything that could have led to this x. Together
-# with x = (1-t) * data + t * noise, this v gives us an estimate of both parts:
+# predict is the average of noise - data over everything that could have led to this x. Because
+# x = (1-t) * data + t * noise, we get an estimate of both parts from it:
 #
 #     data_guess = x - t * v          noise_guess = x + (1-t) * v
 #
-# Every sampler mixes the two again, with less noise, for the next time s. The random samplers keep
-# less of the estimated noise than the ODE does, and put fresh noise in its place:
+# Every sampler mixes these two again, with less noise, for the next time s. The random samplers
+# keep less of noise_guess than the ODE does, and put fresh noise in its place:
 #
 #     x_next = (1-s) * data_guess + keep * noise_guess + std * fresh_noise
 #
@@ -106,44 +106,30 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9 of the paper
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# Why does equation 9 give x the same density p at every time as the ODE? (The argument can be
-# skipped: nothing later depends on it.) A small SDE step does what the ODE's step does, and two
-# more things:
+# With equation 9, x has the same distribution at every time as with the ODE. Why? A small step of
+# it does two things that the ODE's step does not. It adds fresh noise, which spreads the
+# distribution of x. And it takes std^2 / (2t) * noise_guess away from x. If p is the density of x
+# at time t, then -noise_guess / t is the gradient of log p (equation 27). So every x moves by
+# std^2 / 2 * grad(log p), towards where x is more likely. This draws the distribution together:
 #
-#   1. It adds fresh noise of variance std^2. Noise spreads a density like heat:
+#     The noise changes p by   std^2 / 2 * laplacian(p).
+#     The move changes p by   -std^2 / 2 * div(p * grad(log p)), which is -std^2 / 2 * laplacian(p),
+#                             because p * grad(log p) is grad(p).
 #
-#          p changes by  std^2 / 2 * laplacian(p)
+# The two cancel at every x, whatever sigma is (appendix A of the paper has the proof).
 #
-#   2. It keeps less of the estimated noise. This moves every x by u = (keep - s) * noise_guess,
-#      which is -std^2 / (2t) * noise_guess. To see what that does to p, we need the gradient of
-#      log p, which is called the score. If there were only one data point, p would be a Gaussian of
-#      std t around (1-t) * data, with the score -(x - (1-t) * data) / t^2 = -noise / t. With many
-#      data points the score is the average of these over everything that could have led to this x,
-#      -noise_guess / t (equation 27). So u = std^2 / 2 * grad(log p). Moving every x by u carries
-#      the density along:
+# This is exact for the best v and infinitely small steps, but 10 steps are not small. After the
+# first one on SD3.5's time grid, x is 4 % too noisy. In late steps the error is far larger, see
+# `choose_window`.
 #
-#          p changes by  -div(p * u)  =  -std^2 / 2 * laplacian(p),
-#
-#      because p * grad(log p) is grad(p).
-#
-# The two changes cancel at every x, whatever sigma is (appendix A of the paper has the full proof).
-#
-# This is exact for a perfect v and infinitely small steps. But 10 steps are not small. On SD3.5's
-# time grid the first one goes from t = 1 to s = 0.96. At t = 1 sigma would be infinite. There the
-# official code divides by 1-s instead of 1-t, so std = a / sqrt(1-s) * sqrt(1-s) = a. For a = 0.7
-# this gives keep = 0.96 - 0.7^2 / 2 = 0.715. At t = 1 noise_guess is x itself, with a std of 1. So
-# the kept and the fresh noise together have a std of sqrt(0.715^2 + 0.7^2) = 1.001. It should be
-# s = 0.96, so x is 4 % too noisy. In late steps the error is far larger, see `choose_window`.
-#
-# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. This gives x the right variance
-# in steps of any size, if noise_guess is like the true noise: of variance 1, and independent of the
-# data. Near t = 1 it nearly is. Later it is not, and then variety is lost: if all steps are random
-# and the data are a narrow Gaussian, the images end with cos(a * pi/4) times its std, which is 15 %
-# too narrow for a = 0.7. Smaller steps do not help (results/README.md has a picture).
+# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. So even after a large step x has
+# the right amount of noise, if noise_guess has a variance of 1, as noise has. Near t = 1 it nearly
+# does. In later steps its variance is smaller, and the images lose variety. The paper's results are
+# with the flow SDE, which is our default. CPS leaves no visible noise in the training images.
 
 
 class Step(NamedTuple):
-    """A denoising step from t to s. All are [1, 1, 1, 1], or [B, 1, 1, 1], a number per image."""
+    """A step from t to s. All are [1, 1, 1, 1], for all images, or [B, 1, 1, 1], for each image."""
     t: torch.Tensor
     s: torch.Tensor
     keep: torch.Tensor  # how much of noise_guess stays
@@ -152,18 +138,15 @@ class Step(NamedTuple):
 
 
 def make_step(times, i, noise_level, sde="flow"):
-    """Step number i of the time grid [T+1] -> Step. i can be a tensor [B], a number per image.
-
-    The sigma of the flow SDE is large near t = 1, where nothing about the image is decided and
-    there is a lot to explore. It falls to 0 towards t = 0, where fresh noise would stay visible.
-    """
+    """Step number i of the time grid [T+1] -> Step. i can be a tensor [B], a number per image."""
     t = times[i].view(-1, 1, 1, 1)
     s = times[i + 1].view(-1, 1, 1, 1)
     if sde == "cps":
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
         return Step(t, s, keep, std, kl_scale=std)
-    one_minus_t = torch.where(t == 1, 1 - s, 1 - t)  # it must not be 0
+    # At t = 1 sigma would be infinite. There the official code takes 1-s instead of 1-t.
+    one_minus_t = torch.where(t == 1, 1 - s, 1 - t)
     sigma = noise_level * torch.sqrt(t / one_minus_t)
     std = sigma * torch.sqrt(t - s)
     keep = s - std**2 / (2 * t)
@@ -175,8 +158,6 @@ def sde_mean(x, v, step):
 
     For the flow SDE this is the mean in equation 9, which the paper writes as
         x + [v + sigma^2 / (2t) * (x + (1-t) * v)] * (s-t)
-    The second term in the bracket is a multiple of noise_guess. Because s-t is negative, this moves
-    x away from the noise.
     """
     data_guess = x - step.t * v
     noise_guess = x + (1 - step.t) * v
@@ -191,22 +172,18 @@ def sde_step(x, v, step, fresh_noise):
 
 
 def gaussian_log_prob(x_next, mean, std):
-    """How likely a step was. x_next and mean are [B, C, H, W] -> [B]
+    """How likely a step is. x_next and mean are [B, C, H, W] -> [B]
 
-    The rollout asks this about the x_next that it has just sampled. The update asks it again about
-    the same x_next, with the mean that the new policy gives.
-
-    What does the gradient of log_prob do? x_next is the mean plus the fresh noise that this image
-    happened to get. Raising log_prob moves the mean towards this x_next, lowering it moves the mean
-    away. If the image turned out well, the model learns to do by itself what helped by chance.
+    x_next is the mean plus the fresh noise that this image happened to get. Raising log_prob moves
+    the mean towards this x_next, lowering it moves the mean away. So if the image turned out well,
+    the model learns to do by itself what helped by chance.
 
     PAPER/CODE: log p(x_next) is a sum over all D dimensions. The code takes the mean over them
     instead, and so do we. `clipped_loss` says what this means for the ratio.
 
-    PAPER/CODE: For CPS the code uses -(x_next - mean)^2, without the factor 1 / (2 * std^2) of a
-    Gaussian. We keep the factor, so that the same lines serve both samplers. The factor is below 1
-    in the early steps, but very large in the late ones, where the std of CPS is small, so the late
-    steps would dominate the gradient. Use an early window with CPS.
+    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it, so
+    that the same lines serve both samplers. In late steps the std of CPS is small and the factor
+    very large, so these steps would dominate the gradient. Use an early window with CPS.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -221,11 +198,10 @@ def kl_penalty(mean, mean_ref, kl_scale):
     reward. The KL penalty makes it expensive to move that far.
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
-    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code differs from this in two ways. It
-    takes the mean over the dimensions, as it does for log_prob, so both terms of the loss are
-    divided by D. And for the flow SDE it divides by sigma^2 instead of std^2 = sigma^2 * (t-s). So
-    its KL is the true one times t-s. The published beta of 0.04 is for this form. For CPS the code
-    does divide by std^2, so there the same beta is stronger.
+    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions,
+    as it does for log_prob. And for the flow SDE it divides by sigma^2 instead of std^2, which is
+    sigma^2 * (t-s). We do the same, because the published beta of 0.04 was tuned for it. For CPS
+    the code does divide by std^2, so there the same beta is a stronger penalty.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -254,26 +230,22 @@ def group_advantages(scores, std_over="epoch"):
 
 
 def clipped_loss(ratio, advantages, clip_range):
-    """The policy's part of the loss. All are [B]. Equation 5 maximizes, over all images and steps,
+    """The part of the loss that raises the reward. All are [B].
 
-        the mean of  min(ratio * advantage, clip(ratio) * advantage) - beta * KL
+    Equation 5 maximizes the mean of min(ratio * advantage, clip(ratio) * advantage) - beta * KL
+    over all images and steps. This is minus the first term. `update` adds the KL.
 
-    The ratio says how much more likely a step is now than when it was sampled. Ours is the D-th
-    root of the true ratio, because log_prob is a mean over D dimensions. So clip ranges are very
-    small: D is 65,536 for SD3.5 at 512 pixels, and 1.0001, the end of the published clip range, is
-    a true ratio of 1.0001^65536, about 700. The toy has a D of 1,152.
-
-    In the first update of an epoch the ratio is 1, so the loss has the gradient
-    -advantage * grad(log_prob): a plain policy gradient.
-
+    The ratio says how much more likely a step is now than when it was sampled. In the first update
+    of an epoch it is 1, so the gradient is -advantage * grad(log_prob), a plain policy gradient.
     Later updates use images of an older policy, which say little about a policy that is far from
     it. So clipping keeps the new policy near the old one. If the advantage is positive, there is no
     gradient any more once the ratio is above the range. If it is negative, there is none once the
     ratio is below the range. A move in the wrong direction is never clipped, so it can be undone.
 
-    The true ratio would also correct for the images being those of the old policy (importance
-    sampling). Ours is always near 1, so it corrects next to nothing. It only measures how far the
-    policy has moved, which is all that clipping needs.
+    Our ratio is the D-th root of the true ratio, because log_prob is a mean over D dimensions. So
+    clip ranges are very small. D is 65,536 for SD3.5 at 512 pixels, and 1.0001, the end of the
+    published clip range, is a true ratio of 1.0001^65536, about 700. As a factor of the loss, such
+    a ratio changes nothing. It only measures how far the policy has moved.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -306,17 +278,16 @@ def choose_window(config, rng):
     `window` is 0, they are all steps but the last, as in the official code.
 
     PAPER/CODE: The paper speaks of all steps. The code does not train the last one, which ends at
-    s = 0, where CPS has no noise and so no density. We follow the ODE there.
+    s = 0, so its noise would stay in the image. We follow the ODE there.
 
-    The last but one does the most harm. On SD3.5's time grid it goes from t = 0.28 to s = 0.009
-    with a std of 0.225, which is 25 times the noise that an x at s = 0.009 should have. Its keep is
-    even negative. The last step moves x by only 0.009 * v and cannot remove this noise, so with
-    `window` 0 the training images stay visibly noisy. All images of a group are equally noisy, so a
-    reward that tolerates noise can still compare them.
+    The step before it is nearly as bad. On SD3.5's time grid it goes from t = 0.28 to s = 0.009
+    and adds noise with a std of 0.225, 25 times the noise that belongs there. The last step moves x
+    by only 0.009 * v and cannot remove it. So with `window` 0 the training images stay visibly
+    noisy. But all images of a group are equally noisy, so many rewards can still compare them.
 
-    A few early steps avoid this, and they are enough, as the authors found later (Flow-GRPO-Fast):
-    the early steps decide what the image shows, so their noise changes the reward most. The update
-    gets cheaper, K steps instead of T-1. The rollout takes T passes still.
+    With a few early steps this does not happen. And they are enough, as the authors found later
+    (Flow-GRPO-Fast): they decide what the image shows, so their noise changes the reward most. The
+    update gets cheaper, with K steps instead of T-1. The rollout still takes T.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -326,14 +297,14 @@ def choose_window(config, rng):
 
 @torch.no_grad()
 def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
-    """Sample len(first_seeds) / len(prompts) images of each prompt in T steps -> Rollout
+    """Sample B images in T steps, a group of them for each prompt -> Rollout
 
     first_seeds [B] seed the first noise of each image, fresh_seeds [B] the noise of its SDE steps.
     The steps outside of the window follow the ODE: an empty window samples with the ODE.
 
-    Training uses few steps, 10 in the paper, which calls this denoising reduction. These images are
-    worse than with 40 steps, but advantages only compare them with each other, and for that they
-    are good enough. What is learned should carry over to 40 steps, which follow the same v.
+    Training takes few steps, in the paper 10 instead of 40. This denoising reduction saves most of
+    the time. The images get worse, but advantages only compare them with each other, and for that
+    they are good enough. What is learned should carry over to 40 steps, which follow the same v.
     """
     B = len(first_seeds)
     K = len(window)
@@ -379,18 +350,18 @@ def generators(seeds):
 def update(policy, config, drawn, advantages):
     """The updates of an epoch -> metrics
 
-    drawn is the Rollout of this process (one of several, if there are several GPUs), and advantages
-    [B] are those of its images.
+    drawn is the Rollout of this process, and advantages [B] are those of its images.
 
-    The first update gets the first part of each group, the second the next part, and so on. So each
-    image is used once, unlike in PPO. PAPER/CODE: The code shuffles the images of the epoch first.
-    We need not, because the images of a group are all drawn in the same way, and any part of them
-    is as good as any other.
+    The first update gets the first part of each group, the second the next part, and so on. PPO
+    would go over the same images several times. The official code uses each once, and so do we.
+    PAPER/CODE: The code shuffles the images of the epoch first. We need not, because the images of
+    a group are all drawn in the same way, and any part of them is as good as any other.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
     keeps them. We keep them, because they still have a KL penalty, if beta is not 0.
     """
-    # [groups, group_size], for example [[0, 1, 2, 3], [4, 5, 6, 7]]
+    # [groups, group_size]. [[0, 1, 2, 3], [4, 5, 6, 7]] would make two updates, the first one with
+    # [[0, 1], [4, 5]], the second one with [[2, 3], [6, 7]].
     image_numbers = torch.arange(len(advantages)).view(-1, config.group_size)
     sde_steps = torch.arange(len(drawn.window))
 
@@ -412,9 +383,9 @@ def update(policy, config, drawn, advantages):
 
     kl = gather(torch.cat(kls))
     moved = gather(torch.cat(ratios)) - 1
-    # The share of ratios outside of the clip range, whatever their advantage. With 2 updates it is
-    # at most 1/2, because in the first one all ratios are 1. README has a table of what to do if
-    # these metrics look wrong.
+    # How many ratios are outside of the clip range, whatever their advantage. With 2 updates it is
+    # at most half of them, because in the first update all ratios are 1. README has a table of what
+    # to do if these metrics look wrong.
     too_low = moved < -config.clip_range
     too_high = moved > config.clip_range
     return {
@@ -446,8 +417,7 @@ def losses(policy, config, drawn, advantages, batch):
     ratio = torch.exp(log_prob - old_log_prob)
     policy_loss = clipped_loss(ratio, advantage, config.clip_range)
 
-    # With a beta of 0 the KL is still measured, to see how far the policy has moved. This costs one
-    # more velocity, without a gradient.
+    # With a beta of 0 the KL is still measured, to see how far the policy has moved.
     with torch.no_grad(), policy.reference():
         v_ref = policy.velocity(x, step.t, condition)
     mean_ref = sde_mean(x, v_ref, step)
@@ -532,13 +502,11 @@ def evaluate(policy, config, watched, test_set, folder):
 
     watched has the rewards to measure, {name: (function, weight)}.
 
-    We train a random sampler and use it without randomness. Why does that work? The SDE and the ODE
-    follow the same v, so what moves the mean of an SDE step moves the ODE in the same direction.
-    And as the SDE nearly keeps the distribution of x in early steps, v is trained on such x as the
-    ODE will see. (With `window` 0 the late x are noisier. What is learned carries over all the
-    same, as the paper's results show.) A short window trains v at a few times only. At the other
-    times v changes, too, because one LoRA serves all times. Nothing guarantees that this helps, but
-    the evaluation shows whether it does.
+    We train a random sampler and use it without randomness. Why does that work? Both follow the
+    same v, so what moves the mean of an SDE step moves the step of the ODE as well. And in early
+    steps the SDE nearly keeps the distribution of x, so v is trained on such x as the ODE will see.
+    A short window trains v at a few times only. At the other times v changes, too, because one LoRA
+    serves all times. Nothing guarantees that this helps, but the evaluation shows whether it does.
 
     We evaluate a moving average of the LoRA's weights, which is less noisy than any single update.
     The seeds are the same in every evaluation, whatever --seed is, so that runs can be compared.
@@ -604,9 +572,8 @@ def train(config):
     say(f"{folder}: {config.groups} groups of {config.group_size} images in an epoch, on "
         f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
 
-    if len(history) > config.epochs:
-        # The run is finished, and the loop below is empty. Evaluate once more, for example on all
-        # prompts (--eval_prompts 0).
+    is_finished = len(history) > config.epochs
+    if is_finished:  # evaluate once more, for example on all prompts (--eval_prompts 0)
         metrics = evaluate(policy, config, watched, test_set, folder / "samples/again")
         say(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     for epoch in progress(range(len(history), config.epochs + 1), "epochs"):
@@ -696,8 +663,8 @@ class Policy:
 
         Classifier-free guidance makes one velocity out of two, and so one Gaussian. That is our
         policy. Sampling and training both call this, or the ratio would compare two policies. The
-        gradient flows through both velocities. Chapter 1 is about a v that is an average. A guided
-        v is not, so for this v the SDE keeps the distribution of the ODE only roughly.
+        gradient flows through both velocities. The best v of chapter 1 is an average, but a guided
+        one is not. So with guidance the SDE keeps the distribution of the ODE only roughly.
         """
         v = self.predict(x, t, condition)
         if self.config.guidance != 1:
