@@ -2,28 +2,25 @@
 
 A flow-matching model such as Stable Diffusion 3.5 turns noise into an image by solving an ordinary
 differential equation (ODE). Only the first noise is random, and the model does not choose it. But
-reinforcement learning makes a model's good random choices more likely, and here there are none. So
-Flow-GRPO makes the sampler random, learns from the differences that this causes, and then uses the
-trained model without the randomness:
+reinforcement learning needs random choices: it makes those more likely that turned out well. So
+Flow-GRPO trains with random steps, and then uses the trained model without the randomness:
 
-  sde_step          One denoising step, made random: it drops some of the old noise and adds
-                    fresh noise instead. With the paper's SDE and small steps, the distribution of
-                    the images stays the same, but each step is now a Gaussian whose density is
-                    known: a policy.
+  sde_step          One denoising step, made random: some of the noise in x is replaced by fresh
+                    noise. With the paper's SDE and small steps, the distribution of the images
+                    stays the same, but a step is now a Gaussian whose density is known: a policy.
   rollout           Samples a group of images for each prompt, in 10 steps instead of 40.
   group_advantages  Compares the reward of each image with the rewards of its own group.
   update            Makes the steps behind the better images more likely and the others less, with
                     PPO's clipping. A KL penalty can keep the model close to where it started.
-  evaluate          Samples with the ODE again, in 40 steps. These images are the result.
+  evaluate          Samples with the ODE again, in 40 steps.
 
 Notation
-  t, s    time, from 1 (noise) to 0 (data). A step goes from t down to s. (diffusers calls the
-          time `sigma`. Our sigma is something else, see below.)
+  t, s    time, from 1 (noise) to 0 (data). A step goes from t down to s.
   x       the latent at time t: x = (1-t) * data + t * noise
   v       the velocity: the network's estimate of noise - data
   a       how random the sampler is, the option noise_level
-  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise at time t
-  T, K    the number of denoising steps, and how many of them are random (SDE steps)
+  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise. (diffusers calls the time `sigma`.)
+  T, K    how many denoising steps there are, and how many of them are random (SDE steps)
   i, k    the number of a denoising step, from 0 to T-1, and of an SDE step, from 0 to K-1
   B       the number of images in a tensor. Shapes are written in brackets: [B, C, H, W].
   D       C * H * W, the number of dimensions of a latent
@@ -33,14 +30,13 @@ differ. We mostly follow the code, because the published learning rate, clip ran
 tuned for it.
 
 Chapters 1 to 4 are the method. Chapter 5 drives the diffusers models, 6 has the options, 7 the
-files and pictures. The default model is a toy, an SD3 pipeline of 5 MB that makes images of 48 x 48
-pixels (toy/).
+files and pictures. The default model is a toy, an SD3 pipeline of 5 MB (toy/).
 
-  python flow_grpo.py --reward ocr                        # teach the toy to write: 2 minutes
-  python flow_grpo.py --reward my_rewards.py:dark         # your own reward, see `redness`
-  python flow_grpo.py --resume runs/ocr                   # go on after a stop
-  python flow_grpo.py --preset sd3.5-medium-fast --dataset FOLDER            # on one GPU
-  accelerate launch flow_grpo.py --preset sd3.5-medium --dataset FOLDER      # on all GPUs
+  python flow_grpo.py --reward ocr                     # teach the toy to write: 2 minutes on a CPU
+  python flow_grpo.py --reward my_rewards.py:judge     # your own reward, see `redness` and README
+  python flow_grpo.py --resume runs/ocr                # go on after a stop
+  python flow_grpo.py --preset sd3.5-medium-fast --dataset FOLDER         # on one GPU
+  accelerate launch flow_grpo.py --preset sd3.5-medium --dataset FOLDER   # on all GPUs
 """
 import inspect
 import itertools
@@ -59,8 +55,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of onnxruntime, which diffusers imports
-# Threads that wait should sleep, not spin. On a busy machine this saves 40 % of the time.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait sleep instead of spinning
 
 import diffusers
 import numpy as np
@@ -88,12 +83,12 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
     library.utils.logging.disable_progress_bar()
 
 # ------------------------------------------------------------------------------ 1. the mathematics
-# All of this is computed in float32, even if the network runs in bf16: the ratio of a new to an old
-# probability is very close to 1, and bf16 would round it to 1.
+# All of this is computed in float32, even if the network runs in bf16, which would round the ratio
+# of a new to an old probability to 1.
 #
 # The network sees x and t, but not the data and the noise that x is made of. The best v that it can
-# predict is the average of noise - data over everything that could have led to this x. Because
-# x = (1-t) * data + t * noise, we get an estimate of both parts from it:
+# predict is the average of noise - data over everything that could have led to this x. From x and
+# this v together we get an estimate of the data and one of the noise:
 #
 #     data_guess = x - t * v          noise_guess = x + (1-t) * v
 #
@@ -118,18 +113,20 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #
 # The two cancel at every x, whatever sigma is (appendix A of the paper has the proof).
 #
-# This is exact for the best v and infinitely small steps, but 10 steps are not small. After the
-# first one on SD3.5's time grid, x is 4 % too noisy. In late steps the error is far larger, see
-# `choose_window`.
+# This is exact for the best v and infinitely small steps. With guidance, or after training towards
+# a reward, v is no longer that average, and it holds only roughly. And 10 steps are not small. With
+# a = 0.7 on SD3.5's time grid, the noise in x after the first step is 1.00 where it should be 0.96.
+# In late steps the error is far larger, see `choose_window`.
 #
 # CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. So even after a large step x has
 # the right amount of noise, if noise_guess has a variance of 1, as noise has. Near t = 1 it nearly
-# does. In later steps its variance is smaller, and the images lose variety. The paper's results are
-# with the flow SDE, which is our default. CPS leaves no visible noise in the training images.
+# has. Later noise_guess is an average over many possible noises, its variance is below 1, and the
+# images lose variety. The paper's results are with the flow SDE, which is our default. With CPS
+# there is no visible noise in the training images.
 
 
 class Step(NamedTuple):
-    """A step from t to s. All are [1, 1, 1, 1], for all images, or [B, 1, 1, 1], for each image."""
+    """A step from t to s. [1, 1, 1, 1] if all images take the same step, otherwise [B, 1, 1, 1]."""
     t: torch.Tensor
     s: torch.Tensor
     keep: torch.Tensor  # how much of noise_guess stays
@@ -237,15 +234,16 @@ def clipped_loss(ratio, advantages, clip_range):
 
     The ratio says how much more likely a step is now than when it was sampled. In the first update
     of an epoch it is 1, so the gradient is -advantage * grad(log_prob), a plain policy gradient.
-    Later updates use images of an older policy, which say little about a policy that is far from
-    it. So clipping keeps the new policy near the old one. If the advantage is positive, there is no
-    gradient any more once the ratio is above the range. If it is negative, there is none once the
-    ratio is below the range. A move in the wrong direction is never clipped, so it can be undone.
+    Later updates still use the images of the old policy. The further the new policy is from it, the
+    less these images say. So clipping keeps the new policy near the old one. If the advantage is
+    positive, there is no gradient any more once the ratio is above the range. If it is negative,
+    there is none once the ratio is below the range. A move in the wrong direction is never clipped,
+    so it can be undone.
 
     Our ratio is the D-th root of the true ratio, because log_prob is a mean over D dimensions. So
     clip ranges are very small. D is 65,536 for SD3.5 at 512 pixels, and 1.0001, the end of the
-    published clip range, is a true ratio of 1.0001^65536, about 700. As a factor of the loss, such
-    a ratio changes nothing. It only measures how far the policy has moved.
+    published clip range, is a true ratio of 1.0001^65536, about 700. As ours stays so close to 1,
+    it does not weight the loss, as it would in PPO. It only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -254,11 +252,12 @@ def clipped_loss(ratio, advantages, clip_range):
 # -------------------------------------------------------------------------------------- 2. rollout
 # In terms of reinforcement learning, a state is (prompt, t, x), an action is x_next, and an episode
 # is the way from noise to an image. There is one reward, at the end, and we cannot know which of
-# the steps earned it. So every step of an image gets the advantage of the image. For any one step,
-# what the other steps contributed to the reward is random, and averages out over many images.
+# the steps earned it. So every step of an image gets the advantage of the image. What the other
+# steps contributed averages out over many images.
 #
-# `policy` is the network with its text encoders and its VAE, the class Policy of chapter 5.
-# policy.velocity(x, t, condition) is v, where the condition is the encoded prompt.
+# `policy` is the network with its LoRA, its text encoders and its VAE, the class Policy of chapter
+# 5. policy.velocity(x, t, condition) is v, with guidance if there is any. The condition is the
+# encoded prompt.
 
 
 @dataclass
@@ -278,16 +277,17 @@ def choose_window(config, rng):
     `window` is 0, they are all steps but the last, as in the official code.
 
     PAPER/CODE: The paper speaks of all steps. The code does not train the last one, which ends at
-    s = 0, so its noise would stay in the image. We follow the ODE there.
+    s = 0. We follow the ODE there, because an image should have no noise, and CPS has none there.
 
-    The step before it is nearly as bad. On SD3.5's time grid it goes from t = 0.28 to s = 0.009
-    and adds noise with a std of 0.225, 25 times the noise that belongs there. The last step moves x
-    by only 0.009 * v and cannot remove it. So with `window` 0 the training images stay visibly
-    noisy. But all images of a group are equally noisy, so many rewards can still compare them.
+    The step before it does the most harm. With T = 10 and a = 0.7 on SD3.5's time grid, it goes
+    from t = 0.28 to s = 0.009 and adds noise with a std of 0.225, 25 times the noise that belongs
+    there. The last step moves x by only 0.009 * v and cannot remove it. So with `window` 0 the
+    training images stay visibly noisy. But all images of a group are equally noisy, so many rewards
+    can still compare them.
 
-    With a few early steps this does not happen. And they are enough, as the authors found later
-    (Flow-GRPO-Fast): they decide what the image shows, so their noise changes the reward most. The
-    update gets cheaper, with K steps instead of T-1. The rollout still takes T.
+    With a few early steps this does not happen. The authors found later (Flow-GRPO-Fast) that these
+    are enough: the early steps decide what an image shows, so their noise changes the reward most.
+    The update gets cheaper, with K steps instead of T-1. The rollout still takes T.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -299,12 +299,12 @@ def choose_window(config, rng):
 def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     """Sample B images in T steps, a group of them for each prompt -> Rollout
 
-    first_seeds [B] seed the first noise of each image, fresh_seeds [B] the noise of its SDE steps.
+    first_seeds [B] are for the first noise of each image, fresh_seeds [B] for its SDE steps.
     The steps outside of the window follow the ODE: an empty window samples with the ODE.
 
-    Training takes few steps, in the paper 10 instead of 40. This denoising reduction saves most of
-    the time. The images get worse, but advantages only compare them with each other, and for that
-    they are good enough. What is learned should carry over to 40 steps, which follow the same v.
+    Training takes few steps, in the paper 10 instead of 40, which it calls denoising reduction. The
+    images get worse, but advantages only compare them with each other, and for that they are good
+    enough. What is learned should carry over to 40 steps, which follow the same v.
     """
     B = len(first_seeds)
     K = len(window)
@@ -312,7 +312,7 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     times = policy.time_grid(T)
     condition = [c.repeat_interleave(group_size, 0) for c in policy.encode(prompts)]
 
-    # An image has generators of its own, so its noise does not depend on the others in its pass.
+    # An image has generators of its own, so its noise does not depend on the batch that it is in.
     # They are on the CPU, so that a seed means the same noise on every device.
     first_noise = randn_tensor((B, *policy.latent_shape), generators(first_seeds))
     fresh = generators(fresh_seeds)
@@ -358,10 +358,10 @@ def update(policy, config, drawn, advantages):
     a group are all drawn in the same way, and any part of them is as good as any other.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
-    keeps them. We keep them, because they still have a KL penalty, if beta is not 0.
+    keeps them. So do we, because they still have a KL penalty.
     """
-    # [groups, group_size]. [[0, 1, 2, 3], [4, 5, 6, 7]] would make two updates, the first one with
-    # [[0, 1], [4, 5]], the second one with [[2, 3], [6, 7]].
+    # [groups, group_size]. With 2 updates, [[0, 1, 2, 3], [4, 5, 6, 7]] is split into
+    # [[0, 1], [4, 5]] for the first and [[2, 3], [6, 7]] for the second.
     image_numbers = torch.arange(len(advantages)).view(-1, config.group_size)
     sde_steps = torch.arange(len(drawn.window))
 
@@ -383,16 +383,14 @@ def update(policy, config, drawn, advantages):
 
     kl = gather(torch.cat(kls))
     moved = gather(torch.cat(ratios)) - 1
-    # How many ratios are outside of the clip range, whatever their advantage. With 2 updates it is
-    # at most half of them, because in the first update all ratios are 1. README has a table of what
-    # to do if these metrics look wrong.
+    # README has a table of what to do if these metrics look wrong.
     too_low = moved < -config.clip_range
     too_high = moved > config.clip_range
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
         "ratio_deviation": moved.abs().max(),  # the largest distance of a ratio from 1
-        "clip_low": too_low.float().mean(),
-        "clip_high": too_high.float().mean(),
+        "clip_low": too_low.float().mean(),  # the share below the clip range, clipped or not
+        "clip_high": too_high.float().mean(),  # the share above it
         "grad_norm": np.mean(norms),
     }
 
@@ -429,7 +427,7 @@ def check_ratio(ratio, clip_range, is_first):
     """Stop if a ratio is not 1 before the first update of an epoch.
 
     There the policy is still the one that sampled. Rounding in the network moves a ratio a little,
-    by up to 1e-5 in float32. We allow half of the clip range, but at least 1e-5 and at most 1e-4.
+    so we allow half of the clip range, but at least 1e-5 and at most 1e-4.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -442,10 +440,10 @@ def check_ratio(ratio, clip_range, is_first):
 
 # ------------------------------------------------------------------------------------- 4. training
 def redness(images, prompts, metadata):
-    """A toy reward: how much more red than green or blue. Yours can be as simple as this.
+    """A toy reward: how much more red than green or blue (--reward flow_grpo.py:redness)
 
     It gets PIL images, their prompts, and their rows of the dataset, and returns a number for each
-    image. `--reward flow_grpo.py:redness` trains on it.
+    image.
     """
     means = [np.asarray(image).mean((0, 1)) / 255 for image in images]
     return [r - max(g, b) for r, g, b in means]
@@ -465,14 +463,13 @@ def train_epoch(policy, config, reward, train_set, epoch):
         first_seeds = repeat_each(first_seeds[:groups], size)
     window = choose_window(config, rng)
 
-    # With several processes each of them takes a part of the groups. `rows`, `drawn` and
-    # `own_advantages` are those of this process; the scores and advantages are those of all.
+    # Each process, one for each GPU, takes a part of the groups.
     rows = my_part(chosen)
     prompts = [row["prompt"] for row in rows]
     drawn = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
                     my_part(fresh_seeds))
 
-    # Each process scores its own images, and gets the scores of all: a dict with an array for each
+    # It scores its own images, and gets the scores of all processes: a dict with an array for each
     # reward, and with their weighted sum as "reward".
     scores = rewards.score(reward, drawn.images, repeat_each(rows, size))
 
@@ -497,6 +494,15 @@ def repeat_each(items, n):
     return [item for item in items for _ in range(n)]
 
 
+def my_part(items):
+    """The part of this process of a list or tensor. Together, the parts are the whole, in order."""
+    n = WORLD.num_processes
+    rank = WORLD.process_index
+    start = len(items) * rank // n
+    end = len(items) * (rank + 1) // n
+    return items[start:end]
+
+
 def evaluate(policy, config, watched, test_set, folder):
     """Sample the test prompts with the ODE -> metrics. The images go to the folder.
 
@@ -504,14 +510,12 @@ def evaluate(policy, config, watched, test_set, folder):
 
     We train a random sampler and use it without randomness. Why does that work? Both follow the
     same v, so what moves the mean of an SDE step moves the step of the ODE as well. And in early
-    steps the SDE nearly keeps the distribution of x, so v is trained on such x as the ODE will see.
-    A short window trains v at a few times only. At the other times v changes, too, because one LoRA
-    serves all times. Nothing guarantees that this helps, but the evaluation shows whether it does.
+    steps the x of the SDE are distributed nearly like those of the ODE, so v is trained on such x
+    as the ODE will meet. A short window trains v at a few times only. At the other times v changes,
+    too, because one LoRA serves all times. The evaluation shows whether this helps.
 
     We evaluate a moving average of the LoRA's weights, which is less noisy than any single update.
     The seeds are the same in every evaluation, whatever --seed is, so that runs can be compared.
-    If the first reward knows a right answer, as OCR and GenEval do, the accuracy is the share of
-    images that are entirely right.
     """
     n = config.eval_per_prompt
     if config.eval_prompts > 0:
@@ -523,12 +527,11 @@ def evaluate(policy, config, watched, test_set, folder):
     no_sde_steps = range(0)
     with policy.averaged():
         drawn = rollout(policy, config, prompts, seeds, config.eval_steps, no_sde_steps)
-    # These are the images of this process, but the scores of all processes.
-    scores = rewards.score(watched, drawn.images, repeat_each(rows, n))
+    scores = rewards.score(watched, drawn.images, repeat_each(rows, n))  # of all processes
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
     first_reward = list(watched)[0]
-    if first_reward in rewards.HAVE_A_RIGHT_ANSWER:
+    if first_reward in rewards.HAVE_A_RIGHT_ANSWER:  # OCR and GenEval
         right = scores[f"reward/{first_reward}"] == 1
         metrics["eval_accuracy"] = right.mean()
         metrics |= accuracy_by_tag(right, repeat_each(test_set, n))
@@ -540,7 +543,7 @@ def evaluate(policy, config, watched, test_set, folder):
 
 
 def accuracy_by_tag(right, rows):
-    """The share of right images for each task of GenEval, which is the tag of a row"""
+    """The share of right images for each tag. For GenEval this is the task."""
     right_by_tag = {}
     for is_right, row in zip(right, rows):
         if "tag" in row:
@@ -554,7 +557,7 @@ def train(config):
     test_set = rewards.load_prompts(config, "test")
     say(f"loading the reward {config.reward} and the model {config.model}")
     reward = rewards.load(config.reward, "--reward")
-    # The evaluations measure all of `watched`: the reward, and with a weight of 0 the others.
+    # Evaluations also measure the rewards of --eval_reward, with a weight of 0 in the sum.
     watched = dict(reward)
     for name, (function, _) in rewards.load(config.eval_reward, "--eval_reward").items():
         if name not in watched:
@@ -563,7 +566,7 @@ def train(config):
     policy = load_policy(config)
     warn_about_prompts(policy, config, train_set + test_set)
     folder = claim_folder(config)
-    history = []  # the metrics of each epoch, from epoch 0 on
+    history = []  # the metrics of each epoch
     if config.resume:
         checkpoint = read_checkpoint(folder)
         policy.restore(checkpoint)
@@ -580,9 +583,9 @@ def train(config):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Why let the learning rate fall? Once all groups have equal rewards, only the KL
-            # penalty has a gradient. Adam normalizes the size of a gradient, so at a constant rate
-            # even this small one can move the toy back towards the base model.
+            # Why let the learning rate fall? Once the images of a group all score the same, only
+            # the KL penalty has a gradient. At a constant rate Adam makes full steps of even a
+            # small gradient, and so moves the toy back towards the base model.
             decay = 1
             if config.lr_decay:
                 decay = 1 - (epoch - 1) / config.epochs
@@ -609,16 +612,13 @@ class Policy:
     For another family, write a subclass like SanaPolicy below and enter it in POLICIES:
 
       lora_layers   the layers that are trained
-      encode_batch  gives the condition as two tensors, with a row for each prompt. Guidance needs
-                    the condition of the empty prompt, so it is also called with [""] alone.
+      encode_batch  gives the condition as two tensors, with a row for each prompt. For guidance it
+                    is also called with [""] alone.
       forward       gives the velocity. t is 1 for noise, and v leads from the image to the noise.
                     Some networks define t and v the other way round.
-
-    Write these only if they are needed:
-
-      velocity      if its guidance is an input of the network
-      time_grid     if its own pipeline calls set_timesteps with more than the number of steps
-      decode        if its VAE scales the latents in another way
+      velocity      only if its guidance is an input of the network
+      time_grid     only if its own pipeline gives set_timesteps more than the number of steps
+      decode        only if its VAE scales the latents in another way
 
     Your class is right if a rollout with an empty window gives the image of the family's own
     pipeline with the same scheduler. The tests check this for all in their list FAMILIES.
@@ -640,8 +640,8 @@ class Policy:
             pipe.transformer.enable_gradient_checkpointing()
         torch.manual_seed(config.seed)  # for the initial LoRA
         # A LoRA adds alpha / rank times the product of two thin matrices to the weights of a layer.
-        # One of the two starts at 0, so training starts at the base model. Only these are trained:
-        # 18.8 million weights for SD3.5-Medium, 16.5 million for SANA, 179 million for FLUX.1-dev.
+        # One of the two starts at 0, so training starts at the base model. Only these are trained,
+        # 18.8 million weights for SD3.5-Medium.
         self.network = peft.get_peft_model(pipe.transformer, peft.LoraConfig(
             r=config.lora_rank,
             lora_alpha=ALPHA_OVER_RANK * config.lora_rank,
@@ -663,8 +663,7 @@ class Policy:
 
         Classifier-free guidance makes one velocity out of two, and so one Gaussian. That is our
         policy. Sampling and training both call this, or the ratio would compare two policies. The
-        gradient flows through both velocities. The best v of chapter 1 is an average, but a guided
-        one is not. So with guidance the SDE keeps the distribution of the ODE only roughly.
+        gradient flows through both velocities.
         """
         v = self.predict(x, t, condition)
         if self.config.guidance != 1:
@@ -745,7 +744,7 @@ class Policy:
         return f"there was no update yet, so the cause is --model {self.config.model} itself"
 
     def reference(self):
-        """A context in which the LoRA is off. So the base model needs no memory of its own."""
+        """A context in which the LoRA is off, which makes the network the base model"""
         return self.network.disable_adapter()
 
     @contextmanager
@@ -786,14 +785,14 @@ class Policy:
             state = peft.get_peft_model_state_dict(self.network)
             layers = {}
             for name, weights in state.items():
-                # Programs that find no alpha in a file take alpha / rank to be 1.
+                # Other programs take alpha / rank to be 1.
                 if "lora_B" in name:
                     weights = ALPHA_OVER_RANK * weights
                 layers[name.removeprefix("base_model.model.")] = weights
         return layers
 
     def checkpoint(self):
-        """All that later epochs depend on. There is no state of a random generator in it."""
+        """All that later epochs depend on"""
         return {
             "weights": parameters_to_vector(self.params).detach(),
             "average": self.average,
@@ -965,35 +964,32 @@ class Config:
     gradient_checkpointing: bool = False  # less memory, slower updates
     offload: bool = False  # text encoders and network take turns on the GPU
     name: str = ""  # folder under runs/. If empty, the name of the reward, numbered
-    # Folder of a run to continue, with its options. Careful with a folder that is not yours: this
-    # runs the reward that its checkpoint names
+    # Folder of a run to continue, with its options. It runs the reward that is named there, so do
+    # not resume a folder that you do not trust
     resume: str = ""
     report_to: str = ""  # also log to tensorboard, wandb, trackio, swanlab or another tracker
     seed: int = 0  # on a CPU, the same seed gives the same run
     epochs: int = 6  # an epoch: sample, score, compare, update. 0 only evaluates
-    eval_every: int = 6  # epochs between evaluations. 1 makes the best film.gif, but costs more
+    eval_every: int = 6  # epochs between evaluations
     groups: int = 16  # prompts in an epoch. More make the gradient less noisy
-    # Images of each prompt. The paper takes 24, because its long PickScore runs collapsed with 6
-    # and 12. The toy's short runs get by with fewer
+    # Images of each prompt. The paper takes 24, because its long runs collapsed with 6 and 12
     group_size: int = 8
     train_steps: int = 10  # T in training
     eval_steps: int = 40  # T in evaluations
-    # a. Too little explores nothing, too much spoils the images. 0 is not allowed, because a step
-    # without noise has no density
+    # a. Too little explores nothing, too much spoils the images. With 0 a step has no density
     noise_level: float = 0.7
     sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS (see chapter 1)
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
-    # One first noise for a group. Then its images differ only by the SDE steps, which are what is
-    # trained. Better for the toy, but the paper found that it explores less
+    # One first noise for a group, whose images then differ only by their SDE steps. Better for the
+    # toy, but the paper found that it explores less
     same_noise: bool = True
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch
     learning_rate: float = 3e-3  # of AdamW
     lr_decay: bool = True  # the rate falls linearly. After the last epoch it would be 0
-    # Adam divides a gradient by its recent size plus adam_eps. The losses are means over D, so the
-    # gradient of a weight can be far below adam_eps, and then the weight hardly moves. If the kl
-    # stays at 0, try 1e-15
+    # Adam divides a gradient by its recent size plus adam_eps. Ours can be far smaller than that,
+    # because the losses are means over D. If the kl stays at 0, try 1e-15
     adam_eps: float = 1e-8
     clip_range: float = 1e-3  # a ratio this far from 1 gets no further push
     beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
@@ -1010,10 +1006,9 @@ class Config:
 
 # From section 5.1 of the paper. Guidance, learning rate, clip range and EMA are from the code. The
 # beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.
-# PAPER/CODE: The code trains in fp16. We use bf16, which has the range of float32, so that no loss
-# has to be scaled.
+# PAPER/CODE: The code trains in fp16. We use bf16, which needs no scaling of the loss.
 # PAPER/CODE: In every 8th update the code renews its moving average twice, with a decay of 0.9. We
-# do it once with 0.9^2 = 0.81, which is the same once the decay has grown to 0.9.
+# do it once with 0.9^2 = 0.81.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
@@ -1021,9 +1016,8 @@ PAPER = dict(
     learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04, std_over="epoch", lora_rank=32,
     ema_decay=0.81, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
 
-# For one GPU of 24 GB. These are not the settings of the authors' Flow-GRPO-Fast, but those of the
-# script in pull requests 159 and 178 of verl-omni (github.com/verl-project/verl-omni). adam_eps is
-# from pull request 407 of UniRL.
+# For one GPU of 24 GB. Not the authors' Flow-GRPO-Fast, but the script in pull requests 159 and 178
+# of verl-omni (github.com/verl-project/verl-omni). adam_eps is from pull request 407 of UniRL.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
@@ -1037,8 +1031,7 @@ PRESETS = {
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux. The paper has FLUX's scores, but not its settings. The code
-    # renews the moving average 6 times there: 0.9^6 = 0.53.
+    # From the official pickscore_flux. It renews the moving average 6 times: 0.9^6 = 0.53.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
         eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.53,
@@ -1056,10 +1049,9 @@ PRESETS = {
 def parse_config(argv=None):
     """The options of a run -> Config
 
-    The command line wins over the preset or the run to resume, and these win over Config.
-
-    tyro must know the defaults before it parses. So it parses twice: first with those of Config, to
-    see which preset or run is asked for, then with the values of these as the defaults.
+    The command line wins over the preset or the run to resume, and these win over Config. tyro must
+    know the defaults before it parses. So it parses twice: first to see which preset or run is
+    asked for, then with the values of these as the defaults.
     """
     def parse(defaults):
         return tyro.cli(Config, default=Config(**defaults), args=argv, use_underscores=True,
@@ -1157,15 +1149,6 @@ def say(line):
         sys.stdout.flush()
 
 
-def my_part(items):
-    """The part of this process of a list or tensor. Together, the parts are the whole, in order."""
-    n = WORLD.num_processes
-    rank = WORLD.process_index
-    start = len(items) * rank // n
-    end = len(items) * (rank + 1) // n
-    return items[start:end]
-
-
 def claim_folder(config):
     """The folder of this run -> Path, the same in all processes"""
     if config.resume:
@@ -1204,8 +1187,7 @@ def save(policy, config, folder, history):
     if "eval_reward" in history[-1]:
         samples = folder / f"samples/{len(history) - 1:04d}"
         policy.pipe.save_lora_weights(samples, transformer_lora_layers=layers)
-    # The checkpoint is written last, and under another name first. So wherever a run is killed, its
-    # last checkpoint is whole, and only the epoch in progress is lost.
+    # Written last, and under another name first, so that it is whole wherever a run is killed.
     checkpoint = policy.checkpoint() | {"options": asdict(config), "history": history}
     torch.save(checkpoint, folder / "checkpoint.tmp")
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
