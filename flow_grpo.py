@@ -2,8 +2,8 @@
 
 A flow-matching model such as Stable Diffusion 3.5 turns noise into an image by solving an ordinary
 differential equation (ODE). Only the first noise is random, and the model does not choose it. But
-reinforcement learning needs random choices: it makes those more likely that turned out well. So
-Flow-GRPO trains with random steps, and then uses the trained model without the randomness:
+reinforcement learning needs random choices: it makes the choices that turned out well more likely.
+So Flow-GRPO trains with random steps, and then uses the trained model without the randomness:
 
   sde_step          One denoising step, made random: some of the noise in x is replaced by fresh
                     noise. With the paper's SDE and small steps, the distribution of the images
@@ -29,8 +29,9 @@ PAPER/CODE marks where the paper, the official code (github.com/yifan123/flow_gr
 differ. We mostly follow the code, because the published learning rate, clip range and beta were
 tuned for it.
 
-Chapters 1 to 4 are the method. Chapter 5 drives the diffusers models, 6 has the options, 7 the
-files and pictures. The default model is a toy, an SD3 pipeline of 5 MB (toy/).
+Chapters 1 to 4 are the method. The rest is what it takes to run it: chapter 5 drives the diffusers
+models, 6 has the options, 7 the files and pictures. The default model is a toy, an SD3 pipeline of
+5 MB (toy/).
 
   python flow_grpo.py --reward ocr                     # teach the toy to write: 2 minutes on a CPU
   python flow_grpo.py --reward my_rewards.py:judge     # your own reward, see `redness` and README
@@ -83,8 +84,8 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
     library.utils.logging.disable_progress_bar()
 
 # ------------------------------------------------------------------------------ 1. the mathematics
-# All of this is computed in float32, even if the network runs in bf16, which would round the ratio
-# of a new to an old probability to 1.
+# All of this is in float32, even if the network runs in bf16. In bf16 the ratio of a new to an old
+# probability would be rounded to 1.
 #
 # The network sees x and t, but not the data and the noise that x is made of. The best v that it can
 # predict is the average of noise - data over everything that could have led to this x. From x and
@@ -101,32 +102,28 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9 of the paper
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# With equation 9, x has the same distribution at every time as with the ODE. Why? A small step of
-# it does two things that the ODE's step does not. It adds fresh noise, which spreads the
-# distribution of x. And it takes std^2 / (2t) * noise_guess away from x. If p is the density of x
-# at time t, then -noise_guess / t is the gradient of log p (equation 27). So every x moves by
-# std^2 / 2 * grad(log p), towards where x is more likely. This draws the distribution together:
+# With equation 9, x has the same density p at every time as with the ODE. Why? A small step of it
+# does two things that the ODE's step does not. Both change p, as the Fokker-Planck equation says:
 #
-#     The noise changes p by   std^2 / 2 * laplacian(p).
-#     The move changes p by   -std^2 / 2 * div(p * grad(log p)), which is -std^2 / 2 * laplacian(p),
-#                             because p * grad(log p) is grad(p).
+#   1. It adds fresh noise. This changes p by std^2 / 2 * laplacian(p).
+#   2. It takes std^2 / (2t) * noise_guess away from x. But -noise_guess / t is the gradient of
+#      log p (equation 27). So every x moves by std^2 / 2 * grad(log p), towards where x is more
+#      likely. This changes p by -std^2 / 2 * div(p * grad(log p)), and p * grad(log p) is grad(p).
 #
-# The two cancel at every x, whatever sigma is (appendix A of the paper has the proof).
+# The two cancel at every x, whatever sigma is (appendix A of the paper has the proof). This is
+# exact for the best v and infinitely small steps. With guidance, or after training towards a
+# reward, v is no longer that average, and x keeps the ODE's distribution only roughly. And 10 steps
+# are not small. At a = 0.7 on SD3.5's time grid, x has noise of std 1.00 after the first step, not
+# of s = 0.96. In late steps the error is far larger, see `choose_window`.
 #
-# This is exact for the best v and infinitely small steps. With guidance, or after training towards
-# a reward, v is no longer that average, and it holds only roughly. And 10 steps are not small. With
-# a = 0.7 on SD3.5's time grid, the noise in x after the first step is 1.00 where it should be 0.96.
-# In late steps the error is far larger, see `choose_window`.
-#
-# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. So even after a large step x has
-# the right amount of noise, if noise_guess has a variance of 1, as noise has. Near t = 1 it nearly
-# has. Later noise_guess is an average over many possible noises, its variance is below 1, and the
-# images lose variety. The paper's results are with the flow SDE, which is our default. With CPS
-# there is no visible noise in the training images.
+# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. So x has the right amount of
+# noise after steps of any size, as long as noise_guess behaves like pure noise. Near t = 1 it
+# nearly does. Later it does not, and the images lose variety. The paper's results are with the flow
+# SDE, which is our default. With CPS there is no visible noise in the training images.
 
 
 class Step(NamedTuple):
-    """A step from t to s. [1, 1, 1, 1] if all images take the same step, otherwise [B, 1, 1, 1]."""
+    """A step from t to s. Its tensors are [1, 1, 1, 1] for all images, or [B, 1, 1, 1] for each."""
     t: torch.Tensor
     s: torch.Tensor
     keep: torch.Tensor  # how much of noise_guess stays
@@ -135,7 +132,7 @@ class Step(NamedTuple):
 
 
 def make_step(times, i, noise_level, sde="flow"):
-    """Step number i of the time grid [T+1] -> Step. i can be a tensor [B], a number per image."""
+    """Step number i of the time grid [T+1] -> Step. i is a number, or a tensor [B] for B images."""
     t = times[i].view(-1, 1, 1, 1)
     s = times[i + 1].view(-1, 1, 1, 1)
     if sde == "cps":
@@ -196,7 +193,7 @@ def kl_penalty(mean, mean_ref, kl_scale):
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions,
-    as it does for log_prob. And for the flow SDE it divides by sigma^2 instead of std^2, which is
+    as it does for log_prob. And for the flow SDE it divides by sigma^2, although std^2 is
     sigma^2 * (t-s). We do the same, because the published beta of 0.04 was tuned for it. For CPS
     the code does divide by std^2, so there the same beta is a stronger penalty.
     """
@@ -230,7 +227,7 @@ def clipped_loss(ratio, advantages, clip_range):
     """The part of the loss that raises the reward. All are [B].
 
     Equation 5 maximizes the mean of min(ratio * advantage, clip(ratio) * advantage) - beta * KL
-    over all images and steps. This is minus the first term. `update` adds the KL.
+    over all images and steps. This function returns minus the min. `update` adds the KL.
 
     The ratio says how much more likely a step is now than when it was sampled. In the first update
     of an epoch it is 1, so the gradient is -advantage * grad(log_prob), a plain policy gradient.
@@ -242,8 +239,8 @@ def clipped_loss(ratio, advantages, clip_range):
 
     Our ratio is the D-th root of the true ratio, because log_prob is a mean over D dimensions. So
     clip ranges are very small. D is 65,536 for SD3.5 at 512 pixels, and 1.0001, the end of the
-    published clip range, is a true ratio of 1.0001^65536, about 700. As ours stays so close to 1,
-    it does not weight the loss, as it would in PPO. It only decides when to clip.
+    published clip range, is a true ratio of 1.0001^65536, about 700. In PPO the ratio also weights
+    the loss. Ours stays so close to 1 that it only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -277,17 +274,16 @@ def choose_window(config, rng):
     `window` is 0, they are all steps but the last, as in the official code.
 
     PAPER/CODE: The paper speaks of all steps. The code does not train the last one, which ends at
-    s = 0. We follow the ODE there, because an image should have no noise, and CPS has none there.
+    s = 0. For us it is an ODE step: its noise would stay in the image, and with CPS it has none.
 
-    The step before it does the most harm. With T = 10 and a = 0.7 on SD3.5's time grid, it goes
-    from t = 0.28 to s = 0.009 and adds noise with a std of 0.225, 25 times the noise that belongs
-    there. The last step moves x by only 0.009 * v and cannot remove it. So with `window` 0 the
-    training images stay visibly noisy. But all images of a group are equally noisy, so many rewards
-    can still compare them.
+    With `window` 0 the training images are visibly noisy all the same. At T = 10 and a = 0.7 on
+    SD3.5's time grid, the last SDE step goes from t = 0.28 to s = 0.009. It adds noise of std
+    0.225, where 0.009 belongs, and the ODE step after it is too short to remove that. But all
+    images of a group are equally noisy, so many rewards can still compare them.
 
-    With a few early steps this does not happen. The authors found later (Flow-GRPO-Fast) that these
-    are enough: the early steps decide what an image shows, so their noise changes the reward most.
-    The update gets cheaper, with K steps instead of T-1. The rollout still takes T.
+    A window of a few early steps leaves no such noise. The authors found later (Flow-GRPO-Fast)
+    that it is enough: the early steps decide what an image shows, so their noise changes the reward
+    most. The update gets cheaper, with K steps instead of T-1. The rollout still takes T.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -302,9 +298,10 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     first_seeds [B] are for the first noise of each image, fresh_seeds [B] for its SDE steps.
     The steps outside of the window follow the ODE: an empty window samples with the ODE.
 
-    Training takes few steps, in the paper 10 instead of 40, which it calls denoising reduction. The
-    images get worse, but advantages only compare them with each other, and for that they are good
-    enough. What is learned should carry over to 40 steps, which follow the same v.
+    Training samples in few steps, in the paper in 10 instead of 40, which takes a quarter of the
+    time. (The paper calls this denoising reduction.) The images get worse, but advantages only
+    compare them with each other, and for that they are good enough. What is learned should carry
+    over to 40 steps, which follow the same v.
     """
     B = len(first_seeds)
     K = len(window)
@@ -352,13 +349,15 @@ def update(policy, config, drawn, advantages):
 
     drawn is the Rollout of this process, and advantages [B] are those of its images.
 
-    The first update gets the first part of each group, the second the next part, and so on. PPO
-    would go over the same images several times. The official code uses each once, and so do we.
+    Several small updates usually get further than a large one. The first one gets the first part of
+    each group, the second the next part, and so on. PPO would go over the same images several
+    times. The official code uses each image once, and so do we.
+
     PAPER/CODE: The code shuffles the images of the epoch first. We need not, because the images of
     a group are all drawn in the same way, and any part of them is as good as any other.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
-    keeps them. So do we, because they still have a KL penalty.
+    keeps them. We keep them, because they still have a KL penalty.
     """
     # [groups, group_size]. With 2 updates, [[0, 1, 2, 3], [4, 5, 6, 7]] is split into
     # [[0, 1], [4, 5]] for the first and [[2, 3], [6, 7]] for the second.
@@ -389,8 +388,8 @@ def update(policy, config, drawn, advantages):
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
         "ratio_deviation": moved.abs().max(),  # the largest distance of a ratio from 1
-        "clip_low": too_low.float().mean(),  # the share below the clip range, clipped or not
-        "clip_high": too_high.float().mean(),  # the share above it
+        "clip_low": too_low.float().mean(),  # the share of all ratios that are below the clip range
+        "clip_high": too_high.float().mean(),  # and above it
         "grad_norm": np.mean(norms),
     }
 
@@ -469,8 +468,8 @@ def train_epoch(policy, config, reward, train_set, epoch):
     drawn = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
                     my_part(fresh_seeds))
 
-    # It scores its own images, and gets the scores of all processes: a dict with an array for each
-    # reward, and with their weighted sum as "reward".
+    # rewards.score gets the images of this process, and returns the scores of all processes: a dict
+    # with an array for each reward, and with their weighted sum as "reward".
     scores = rewards.score(reward, drawn.images, repeat_each(rows, size))
 
     group_scores = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
@@ -512,9 +511,10 @@ def evaluate(policy, config, watched, test_set, folder):
     same v, so what moves the mean of an SDE step moves the step of the ODE as well. And in early
     steps the x of the SDE are distributed nearly like those of the ODE, so v is trained on such x
     as the ODE will meet. A short window trains v at a few times only. At the other times v changes,
-    too, because one LoRA serves all times. The evaluation shows whether this helps.
+    too, because one LoRA serves all times. Whether this helps, only the evaluation shows.
 
-    We evaluate a moving average of the LoRA's weights, which is less noisy than any single update.
+    We evaluate a moving average of the LoRA's weights, which is less noisy than the weights after
+    any one update.
     The seeds are the same in every evaluation, whatever --seed is, so that runs can be compared.
     """
     n = config.eval_per_prompt
@@ -584,8 +584,8 @@ def train(config):
         metrics = {"epoch": epoch}
         if epoch > 0:
             # Why let the learning rate fall? Once the images of a group all score the same, only
-            # the KL penalty has a gradient. At a constant rate Adam makes full steps of even a
-            # small gradient, and so moves the toy back towards the base model.
+            # the KL penalty has a gradient. At a constant rate it moves the toy back towards the
+            # base model.
             decay = 1
             if config.lr_decay:
                 decay = 1 - (epoch - 1) / config.epochs
@@ -773,7 +773,8 @@ class Policy:
         n = self.updates
         no_averaging = self.config.ema_decay == 0  # then the average is always the weights
         if n % self.config.ema_every == 0 or no_averaging:
-            # The decay grows, so that the average soon forgets the start (the code's ema.py).
+            # The decay starts small, so that the average soon forgets the untrained weights (as in
+            # the code's ema.py).
             decay = min(self.config.ema_decay, (1 + n) / (10 + n))
             weights = parameters_to_vector(self.params).detach()
             self.average.lerp_(weights, 1 - decay)
@@ -988,8 +989,9 @@ class Config:
     updates: int = 2  # optimizer steps in an epoch
     learning_rate: float = 3e-3  # of AdamW
     lr_decay: bool = True  # the rate falls linearly. After the last epoch it would be 0
-    # Adam divides a gradient by its recent size plus adam_eps. Ours can be far smaller than that,
-    # because the losses are means over D. If the kl stays at 0, try 1e-15
+    # Adam divides a gradient by its recent size plus adam_eps. If the gradient is far smaller than
+    # adam_eps, hardly anything moves, and ours can be, because the losses are means over D. If the
+    # kl stays at 0, try 1e-15
     adam_eps: float = 1e-8
     clip_range: float = 1e-3  # a ratio this far from 1 gets no further push
     beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
@@ -1016,8 +1018,8 @@ PAPER = dict(
     learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04, std_over="epoch", lora_rank=32,
     ema_decay=0.81, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
 
-# For one GPU of 24 GB. Not the authors' Flow-GRPO-Fast, but the script in pull requests 159 and 178
-# of verl-omni (github.com/verl-project/verl-omni). adam_eps is from pull request 407 of UniRL.
+# For one GPU of 24 GB, from pull requests 159 and 178 of verl-omni (github.com/verl-project/
+# verl-omni). The authors' Flow-GRPO-Fast has other numbers. adam_eps is from UniRL's request 407.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
@@ -1031,7 +1033,7 @@ PRESETS = {
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux. It renews the moving average 6 times: 0.9^6 = 0.53.
+    # From the official pickscore_flux, where the code renews the moving average 6 times, not twice.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
         eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.53,
@@ -1153,8 +1155,10 @@ def claim_folder(config):
     """The folder of this run -> Path, the same in all processes"""
     if config.resume:
         return Path(config.resume)
-    folder = Path("runs", config.name)
-    if WORLD.is_main_process and not config.name:
+    folder = None
+    if config.name:
+        folder = Path("runs", config.name)
+    elif WORLD.is_main_process:
         folder = new_folder(rewards.parse(config.reward, "--reward"))
     folder = broadcast_object_list([folder])[0]  # that of the main process
     folder.mkdir(parents=True, exist_ok=True)
@@ -1184,7 +1188,8 @@ def save(policy, config, folder, history):
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
     layers = policy.lora()
     policy.pipe.save_lora_weights(folder, transformer_lora_layers=layers)
-    if "eval_reward" in history[-1]:
+    was_evaluated = "eval_reward" in history[-1]
+    if was_evaluated:
         samples = folder / f"samples/{len(history) - 1:04d}"
         policy.pipe.save_lora_weights(samples, transformer_lora_layers=layers)
     # Written last, and under another name first, so that it is whole wherever a run is killed.
