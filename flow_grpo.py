@@ -6,8 +6,8 @@ reinforcement learning needs random choices: it makes the choices that turned ou
 So Flow-GRPO trains with random steps, and then uses the trained model without the randomness:
 
   sde_step          One denoising step, made random: some of the noise in x is replaced by fresh
-                    noise. With the paper's SDE and small steps, the distribution of the images
-                    stays the same, but a step is now a Gaussian whose density is known: a policy.
+                    noise. So x_next comes from a Gaussian whose density is known: a policy. If the
+                    steps are small, the images are distributed as before.
   rollout           Samples a group of images for each prompt, in 10 steps instead of 40.
   group_advantages  Compares the reward of each image with the rewards of its own group.
   update            Makes the steps behind the better images more likely and the others less, with
@@ -19,7 +19,7 @@ Notation
   x       the latent at time t: x = (1-t) * data + t * noise
   v       the velocity: the network's estimate of noise - data
   a       how random the sampler is, the option noise_level
-  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise. (diffusers calls the time `sigma`.)
+  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise. The `sigmas` of diffusers are t.
   T, K    how many denoising steps there are, and how many of them are random (SDE steps)
   i, k    the number of a denoising step, from 0 to T-1, and of an SDE step, from 0 to K-1
   B       the number of images in a tensor. Shapes are written in brackets: [B, C, H, W].
@@ -87,9 +87,9 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 # All of this is in float32, even if the network runs in bf16. In bf16 the ratio of a new to an old
 # probability would be rounded to 1.
 #
-# The network sees x and t, but not the data and the noise that x is made of. The best v that it can
-# predict is the average of noise - data over everything that could have led to this x. From x and
-# this v together we get an estimate of the data and one of the noise:
+# The network sees x and t, but not the data and the noise that x is made of. Many pairs of data and
+# noise give the same x, and the best v that it can predict is the average of noise - data over all
+# of them. From x and this v together we get an estimate of the data and one of the noise:
 #
 #     data_guess = x - t * v          noise_guess = x + (1-t) * v
 #
@@ -102,24 +102,27 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9 of the paper
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# With equation 9, x has the same density p at every time as with the ODE. Why? A small step of it
-# does two things that the ODE's step does not. Both change p, as the Fokker-Planck equation says:
+# With equation 9, x is distributed as with the ODE at every time. Why? Let p be the density of x. A
+# small step of equation 9 does two things that the ODE's step does not. Both change p, as the
+# Fokker-Planck equation says:
 #
 #   1. It adds fresh noise. This changes p by std^2 / 2 * laplacian(p).
-#   2. It takes std^2 / (2t) * noise_guess away from x. But -noise_guess / t is the gradient of
-#      log p (equation 27). So every x moves by std^2 / 2 * grad(log p), towards where x is more
-#      likely. This changes p by -std^2 / 2 * div(p * grad(log p)), and p * grad(log p) is grad(p).
+#   2. It takes std^2 / (2t) * noise_guess away from x. Because -noise_guess / t is grad(log p)
+#      (equation 27), every x moves by std^2 / 2 * grad(log p), towards where x is more likely. This
+#      changes p by -std^2 / 2 * div(p * grad(log p)). And because p * grad(log p) is grad(p), that
+#      is -std^2 / 2 * laplacian(p).
 #
 # The two cancel at every x, whatever sigma is (appendix A of the paper has the proof). This is
 # exact for the best v and infinitely small steps. With guidance, or after training towards a
 # reward, v is no longer that average, and x keeps the ODE's distribution only roughly. And 10 steps
-# are not small. At a = 0.7 on SD3.5's time grid, x has noise of std 1.00 after the first step, not
-# of s = 0.96. In late steps the error is far larger, see `choose_window`.
+# are not small. At a = 0.7 on SD3.5's time grid, the noise in x should have a std of s = 0.96 after
+# the first step, but has 1.00. In late steps the error is far larger, see `choose_window`.
 #
-# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. So x has the right amount of
-# noise after steps of any size, as long as noise_guess behaves like pure noise. Near t = 1 it
-# nearly does. Later it does not, and the images lose variety. The paper's results are with the flow
-# SDE, which is our default. With CPS there is no visible noise in the training images.
+# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. If noise_guess were pure noise,
+# this would be the right amount of noise after steps of any size. But it is estimated from the same
+# x as data_guess, so the two vary together. What they have in common is lost with the part of
+# noise_guess that CPS drops, so the images lose variety (near t = 1 hardly any). The paper's
+# results are with the flow SDE, our default. CPS leaves no visible noise in the training images.
 
 
 class Step(NamedTuple):
@@ -172,8 +175,9 @@ def gaussian_log_prob(x_next, mean, std):
     the mean towards this x_next, lowering it moves the mean away. So if the image turned out well,
     the model learns to do by itself what helped by chance.
 
-    PAPER/CODE: log p(x_next) is a sum over all D dimensions. The code takes the mean over them
-    instead, and so do we. `clipped_loss` says what this means for the ratio.
+    PAPER/CODE: log p(x_next) is a sum over all D dimensions, and a small update would change it so
+    much that the ratio of probabilities would be huge or tiny. The code takes the mean over the
+    dimensions instead, and so do we. `clipped_loss` says what this means for the ratio.
 
     PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it, so
     that the same lines serve both samplers. In late steps the std of CPS is small and the factor
@@ -194,8 +198,8 @@ def kl_penalty(mean, mean_ref, kl_scale):
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions,
     as it does for log_prob. And for the flow SDE it divides by sigma^2, although std^2 is
-    sigma^2 * (t-s). We do the same, because the published beta of 0.04 was tuned for it. For CPS
-    the code does divide by std^2, so there the same beta is a stronger penalty.
+    sigma^2 * (t-s), which makes the penalty weaker. We do the same, because the published beta of
+    0.04 was tuned for it. For CPS the code does divide by std^2.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -232,15 +236,15 @@ def clipped_loss(ratio, advantages, clip_range):
     The ratio says how much more likely a step is now than when it was sampled. In the first update
     of an epoch it is 1, so the gradient is -advantage * grad(log_prob), a plain policy gradient.
     Later updates still use the images of the old policy. The further the new policy is from it, the
-    less these images say. So clipping keeps the new policy near the old one. If the advantage is
-    positive, there is no gradient any more once the ratio is above the range. If it is negative,
-    there is none once the ratio is below the range. A move in the wrong direction is never clipped,
-    so it can be undone.
+    less these images say. So clipping limits how far they push it. If the advantage is positive,
+    there is no gradient any more once the ratio is above the range. If it is negative, there is
+    none once the ratio is below the range. A move in the wrong direction is never clipped, so it
+    can be undone.
 
     Our ratio is the D-th root of the true ratio, because log_prob is a mean over D dimensions. So
-    clip ranges are very small. D is 65,536 for SD3.5 at 512 pixels, and 1.0001, the end of the
-    published clip range, is a true ratio of 1.0001^65536, about 700. In PPO the ratio also weights
-    the loss. Ours stays so close to 1 that it only decides when to clip.
+    clip ranges are very small. D is 65,536 for SD3.5 at 512 pixels. Even 1.0001, the end of the
+    published clip range, is a true ratio of 1.0001^65536, about 700. In PPO the true ratio also
+    weights the loss. Its root is always nearly 1, so it only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -274,12 +278,12 @@ def choose_window(config, rng):
     `window` is 0, they are all steps but the last, as in the official code.
 
     PAPER/CODE: The paper speaks of all steps. The code does not train the last one, which ends at
-    s = 0. For us it is an ODE step: its noise would stay in the image, and with CPS it has none.
+    s = 0. We take it with the ODE, because with CPS its std would be 0, and there is no density.
 
-    With `window` 0 the training images are visibly noisy all the same. At T = 10 and a = 0.7 on
-    SD3.5's time grid, the last SDE step goes from t = 0.28 to s = 0.009. It adds noise of std
-    0.225, where 0.009 belongs, and the ODE step after it is too short to remove that. But all
-    images of a group are equally noisy, so many rewards can still compare them.
+    With `window` 0 the training images are visibly noisy, because of the step before that. At
+    T = 10 and a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds noise of
+    std 0.225, where 0.009 belongs, and the last step is too short to remove it. But all images of a
+    group are equally noisy, so many rewards can still compare them.
 
     A window of a few early steps leaves no such noise. The authors found later (Flow-GRPO-Fast)
     that it is enough: the early steps decide what an image shows, so their noise changes the reward
@@ -300,8 +304,8 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
 
     Training samples in few steps, in the paper in 10 instead of 40, which takes a quarter of the
     time. (The paper calls this denoising reduction.) The images get worse, but advantages only
-    compare them with each other, and for that they are good enough. What is learned should carry
-    over to 40 steps, which follow the same v.
+    compare them with each other, and for that they are good enough. The same network gives v in 10
+    and in 40 steps, so what it learns should carry over.
     """
     B = len(first_seeds)
     K = len(window)
@@ -423,10 +427,10 @@ def losses(policy, config, drawn, advantages, batch):
 
 
 def check_ratio(ratio, clip_range, is_first):
-    """Stop if a ratio is not 1 before the first update of an epoch.
+    """Stop if a ratio is not 1 although the policy is still the one that sampled.
 
-    There the policy is still the one that sampled. Rounding in the network moves a ratio a little,
-    so we allow half of the clip range, but at least 1e-5 and at most 1e-4.
+    Rounding in the network moves a ratio a little, so we allow half of the clip range, but at least
+    1e-5 and at most 1e-4.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -509,13 +513,13 @@ def evaluate(policy, config, watched, test_set, folder):
 
     We train a random sampler and use it without randomness. Why does that work? Both follow the
     same v, so what moves the mean of an SDE step moves the step of the ODE as well. And in early
-    steps the x of the SDE are distributed nearly like those of the ODE, so v is trained on such x
-    as the ODE will meet. A short window trains v at a few times only. At the other times v changes,
-    too, because one LoRA serves all times. Whether this helps, only the evaluation shows.
+    steps the x of the SDE are distributed nearly like those of the ODE, so v is trained on the kind
+    of x that the ODE will meet. A short window trains v at a few times only. At the other times v
+    changes, too, because one LoRA serves all times. Whether this helps, only the evaluation shows.
 
     We evaluate a moving average of the LoRA's weights, which is less noisy than the weights after
-    any one update.
-    The seeds are the same in every evaluation, whatever --seed is, so that runs can be compared.
+    any one update. The seeds are the same in every evaluation, whatever --seed is, so that runs can
+    be compared.
     """
     n = config.eval_per_prompt
     if config.eval_prompts > 0:
@@ -584,8 +588,8 @@ def train(config):
         metrics = {"epoch": epoch}
         if epoch > 0:
             # Why let the learning rate fall? Once the images of a group all score the same, only
-            # the KL penalty has a gradient. At a constant rate it moves the toy back towards the
-            # base model.
+            # the KL penalty has a gradient. At a constant rate the penalty then moves the toy back
+            # towards the base model.
             decay = 1
             if config.lr_decay:
                 decay = 1 - (epoch - 1) / config.epochs
@@ -661,9 +665,9 @@ class Policy:
     def velocity(self, x, t, condition):
         """v in float32. x and v are [B, C, H, W], t is one time or one for each image.
 
-        Classifier-free guidance makes one velocity out of two, and so one Gaussian. That is our
-        policy. Sampling and training both call this, or the ratio would compare two policies. The
-        gradient flows through both velocities.
+        Classifier-free guidance combines two velocities into one, and our policy is the Gaussian
+        that this one gives. Sampling and training must both use it, or the ratio would compare two
+        policies. The gradient flows through both velocities.
         """
         v = self.predict(x, t, condition)
         if self.config.guidance != 1:
@@ -771,7 +775,7 @@ class Policy:
         self.optimizer.zero_grad()
         self.updates += 1
         n = self.updates
-        no_averaging = self.config.ema_decay == 0  # then the average is always the weights
+        no_averaging = self.config.ema_decay == 0  # copy the weights after every update
         if n % self.config.ema_every == 0 or no_averaging:
             # The decay starts small, so that the average soon forgets the untrained weights (as in
             # the code's ema.py).
@@ -949,7 +953,7 @@ def warn_about_prompts(policy, config, rows):
 # -------------------------------------------------------------------------------------- 6. options
 @dataclass
 class Config:
-    preset: str = ""  # one of PRESETS. If empty, the one that is named like the reward, if any
+    preset: str = ""  # one of PRESETS. If empty, the one with the name of the reward, if any
     reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
     eval_reward: str = ""  # rewards that are only measured, to see whether the other is hacked
     # Folder or hub name of an SD3, FLUX or SANA pipeline. Name a preset as well, because the other
@@ -990,8 +994,8 @@ class Config:
     learning_rate: float = 3e-3  # of AdamW
     lr_decay: bool = True  # the rate falls linearly. After the last epoch it would be 0
     # Adam divides a gradient by its recent size plus adam_eps. If the gradient is far smaller than
-    # adam_eps, hardly anything moves, and ours can be, because the losses are means over D. If the
-    # kl stays at 0, try 1e-15
+    # adam_eps, hardly anything moves. Our gradients can be that small, because the losses are means
+    # over D. If the kl stays at 0, try 1e-15
     adam_eps: float = 1e-8
     clip_range: float = 1e-3  # a ratio this far from 1 gets no further push
     beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
@@ -1033,7 +1037,7 @@ PRESETS = {
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux, where the code renews the moving average 6 times, not twice.
+    # From the official pickscore_flux. It renews the moving average 6 times: 0.9^6 = 0.53.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
         eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.53,
