@@ -1044,8 +1044,8 @@ PRESETS = {
         batch_size=4, gradient_checkpointing=True),
     # The toy. The defaults are for OCR, these two rewards take longer.
     "geneval": dict(
-        reward="geneval", group_size=16, epochs=24, eval_every=12, window=3, same_noise=False,
-        learning_rate=4e-3, beta=0.1),
+        reward="geneval", group_size=16, epochs=36, eval_every=12, window=2, learning_rate=1.5e-3,
+        lr_decay=False, beta=0.1),
     "toy_pickscore": dict(
         reward="toy_pickscore", groups=8, group_size=16, epochs=24, eval_every=12, window=2,
         learning_rate=2e-3, beta=0.1),

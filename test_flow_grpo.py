@@ -1613,8 +1613,8 @@ VALUES = {
         ema_decay=0.53, ema_every=8, clip_range=1e-4, learning_rate=3e-4, resolution=512, window=0,
         gradient_checkpointing=True),
     "geneval": dict(
-        reward="geneval", groups=16, group_size=16, epochs=24, eval_every=12, window=3,
-        same_noise=False, learning_rate=4e-3, lr_decay=True, beta=0.1),
+        reward="geneval", groups=16, group_size=16, epochs=36, eval_every=12, window=2,
+        learning_rate=1.5e-3, lr_decay=False, beta=0.1),
     "toy_pickscore": dict(
         reward="toy_pickscore", groups=8, group_size=16, epochs=24, eval_every=12, window=2,
         learning_rate=2e-3, lr_decay=True, beta=0.1)}
