@@ -42,6 +42,8 @@ RUNS = [  # name, options, seeds
     ("base/pickscore", f"{TASTE} {ALL} --epochs 0", [0]),
     ("ocr/default", f"{TEXT} {ALL}", TEXT_SEEDS),
     ("geneval/default", f"{SCENES} {ALL}", SCENE_SEEDS),
+    ("geneval/window3", f"{SCENES} {ALL} --epochs 24 --window 3 --no-same_noise "
+     "--learning_rate 4e-3 --lr_decay", [7111, 7112]),  # tried as the preset, and given up
     ("pickscore/default", f"{TASTE} {ALL}", TASTE_SEEDS),
     ("ocr/film", "--reward ocr --eval_every 1", [0]),
     ("time/ocr", "--reward ocr", THREE),
