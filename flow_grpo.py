@@ -79,7 +79,7 @@ import rewards  # the prompts and the rewards
 WORLD = PartialState(cpu=not torch.accelerator.is_available())
 # With torch 2.11 on an H200, cuDNN's attention gave FLUX gradients that were not finite.
 torch.backends.cuda.enable_cudnn_sdp(False)
-for library in (diffusers, transformers):  # no warnings and bars of theirs
+for library in (diffusers, transformers):  # no warnings, no progress bars
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 
@@ -114,9 +114,10 @@ for library in (diffusers, transformers):  # no warnings and bars of theirs
 #
 # The two cancel at every x, whatever sigma is (appendix A of the paper has the proof). This is
 # exact for the best v and infinitely small steps. With guidance, or after training towards a
-# reward, v is no longer that average, and x keeps the ODE's distribution only roughly. And 10 steps
-# are not small. At a = 0.7 on SD3.5's time grid, the noise in x should have a std of s = 0.96 after
-# the first step, but has 1.00. In late steps the error is far larger, see `choose_window`.
+# reward, v is no longer that average, and x keeps the ODE's distribution only roughly. And if there
+# are 10 steps, they are not small. At a = 0.7 on SD3.5's time grid, the noise in x should have a
+# std of s = 0.96 after the first step, but has 1.00. In late steps the error is far larger, see
+# `choose_window`.
 #
 # CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. If noise_guess were pure noise,
 # this would be the right amount of noise after steps of any size. But it is estimated from the same
@@ -267,7 +268,7 @@ class Rollout:
     condition: list         # the encoded prompts, tensors [B, ...]
     times: torch.Tensor     # [T+1]
     window: range           # which of the T steps were SDE steps, K of them
-    latents: torch.Tensor   # [B, K+1, C, H, W], before the first SDE step and after each
+    latents: torch.Tensor   # [B, K+1, C, H, W], before the first SDE step, if any, and after each
     log_prob: torch.Tensor  # [B, K]
 
 
@@ -275,12 +276,12 @@ def choose_window(config, rng):
     """Which steps are SDE steps -> range. Only these are trained.
 
     They are `window` steps in a row, which begin at a random step from 0 to `latest_start`. If
-    `window` is 0, they are all steps but the last, as in the official code.
+    `window` is 0, they are all steps but the last.
 
-    PAPER/CODE: The paper speaks of all steps. The code does not train the last one, which ends at
-    s = 0. We take it with the ODE, because with CPS its std would be 0, and there is no density.
+    PAPER/CODE: In the paper all steps are random. The code does not train the last one, which ends
+    at s = 0. We take it with the ODE, because with CPS its std would be 0, and it has no density.
 
-    With `window` 0 the training images are visibly noisy, because of the step before that. At
+    With `window` 0 the training images are visibly noisy, because of the last step but one. At
     T = 10 and a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds noise of
     std 0.225, where 0.009 belongs, and the last step is too short to remove it. But all images of a
     group are equally noisy, so many rewards can still compare them.
@@ -370,12 +371,12 @@ def update(policy, config, drawn, advantages):
 
     kls, ratios, norms = [], [], []
     parts = image_numbers.chunk(config.updates, dim=1)
-    for updates_before, part in enumerate(parts):
+    for number, part in enumerate(parts):
         pairs = torch.cartesian_prod(part.flatten(), sde_steps)  # each image with each SDE step
         pairs_of_all_processes = len(pairs) * WORLD.num_processes
         for batch in progress(pairs.split(config.batch_size), "update"):
             policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
-            check_ratio(ratio, config.clip_range, is_first=updates_before == 0)
+            check_ratio(ratio, config.clip_range, is_first=number == 0)
             loss = policy_loss + config.beta * kl
             # Each batch adds its share to the gradient, and `optimize` adds the gradients of all
             # processes. Together this is the gradient of the mean over all pairs.
@@ -427,7 +428,7 @@ def losses(policy, config, drawn, advantages, batch):
 
 
 def check_ratio(ratio, clip_range, is_first):
-    """Stop if a ratio is not 1 although the policy is still the one that sampled.
+    """Stop if a ratio is not finite, or not 1 although the policy is still the one that sampled.
 
     Rounding in the network moves a ratio a little, so we allow half of the clip range, but at least
     1e-5 and at most 1e-4.
@@ -452,8 +453,11 @@ def redness(images, prompts, metadata):
     return [r - max(g, b) for r, g, b in means]
 
 
-def train_epoch(policy, config, reward, train_set, epoch):
-    """Sample, score, compare, update -> metrics. All randomness comes from (seed, epoch)."""
+def train_epoch(policy, config, trained, train_set, epoch):
+    """Sample, score, compare, update -> metrics. All randomness comes from (seed, epoch).
+
+    trained has the rewards to train on, {name: (function, weight)}.
+    """
     groups = config.groups
     size = config.group_size
     rng = random.Random(f"{config.seed}/{epoch}")
@@ -474,7 +478,7 @@ def train_epoch(policy, config, reward, train_set, epoch):
 
     # rewards.score gets the images of this process, and returns the scores of all processes: a dict
     # with an array for each reward, and with their weighted sum as "reward".
-    scores = rewards.score(reward, drawn.images, repeat_each(rows, size))
+    scores = rewards.score(trained, drawn.images, repeat_each(rows, size))
 
     group_scores = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
     advantages = group_advantages(group_scores, config.std_over)
@@ -509,7 +513,7 @@ def my_part(items):
 def evaluate(policy, config, watched, test_set, folder):
     """Sample the test prompts with the ODE -> metrics. The images go to the folder.
 
-    watched has the rewards to measure, {name: (function, weight)}.
+    watched has the rewards to measure, in the same form.
 
     We train a random sampler and use it without randomness. Why does that work? Both follow the
     same v, so what moves the mean of an SDE step moves the step of the ODE as well. And in early
@@ -539,7 +543,7 @@ def evaluate(policy, config, watched, test_set, folder):
         right = scores[f"reward/{first_reward}"] == 1
         metrics["eval_accuracy"] = right.mean()
         metrics |= accuracy_by_tag(right, repeat_each(test_set, n))
-    # The first image of each prompt is kept. save_images collects those of all processes.
+    # The first image of each prompt is kept.
     first_images = drawn.images[::n]
     first_scores = scores["reward"][::n]
     save_images(first_images, test_set, first_scores, folder)
@@ -560,9 +564,9 @@ def train(config):
     train_set = rewards.load_prompts(config, "train")
     test_set = rewards.load_prompts(config, "test")
     say(f"loading the reward {config.reward} and the model {config.model}")
-    reward = rewards.load(config.reward, "--reward")
+    trained = rewards.load(config.reward, "--reward")
     # Evaluations also measure the rewards of --eval_reward, with a weight of 0 in the sum.
-    watched = dict(reward)
+    watched = dict(trained)
     for name, (function, _) in rewards.load(config.eval_reward, "--eval_reward").items():
         if name not in watched:
             watched[name] = (function, 0)
@@ -594,7 +598,7 @@ def train(config):
             if config.lr_decay:
                 decay = 1 - (epoch - 1) / config.epochs
             policy.set_learning_rate(config.learning_rate * decay)
-            metrics |= train_epoch(policy, config, reward, train_set, epoch)
+            metrics |= train_epoch(policy, config, trained, train_set, epoch)
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             metrics |= evaluate(policy, config, watched, test_set, folder / f"samples/{epoch:04d}")
         metrics["seconds"] = time.time() - start
@@ -723,7 +727,7 @@ class Policy:
         scheduler.set_timesteps(T, device=WORLD.device, **options)
         times = scheduler.sigmas.float()
         if abs(times[0] - 1) < 1e-6:
-            times[0] = 1  # some values of `shift` are rounded to just below it
+            times[0] = 1  # for some values of `shift` it is rounded to just below 1
         in_order = len(times) == T + 1 and (times.diff() < 0).all()
         if not in_order or times[0] != 1 or times[-1] != 0:
             sys.exit(f"--model {self.config.model}: the times of its {type(scheduler).__name__} do "
@@ -986,8 +990,8 @@ class Config:
     sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS (see chapter 1)
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
-    # One first noise for a group, whose images then differ only by their SDE steps. Better for the
-    # toy, but the paper found that it explores less
+    # One first noise for a group, whose images then differ only by their SDE steps. The paper found
+    # that this explores less
     same_noise: bool = True
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch
@@ -1022,8 +1026,8 @@ PAPER = dict(
     learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04, std_over="epoch", lora_rank=32,
     ema_decay=0.81, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
 
-# For one GPU of 24 GB, from pull requests 159 and 178 of verl-omni (github.com/verl-project/
-# verl-omni). The authors' Flow-GRPO-Fast has other numbers. adam_eps is from UniRL's request 407.
+# For one GPU of 24 GB, from issue 159 and pull request 178 of verl-omni (github.com/verl-project/
+# verl-omni). The authors' Flow-GRPO-Fast has other numbers. adam_eps: UniRL's pull request 407.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
@@ -1270,7 +1274,10 @@ def summary(folder, history):
 
 
 def save_images(images, rows, scores, folder):
-    """The images of the first 12 prompts, with a file of their prompts and scores"""
+    """The first 12 images of all processes, with a file of their prompts and scores
+
+    images are those of this process, rows and scores are those of all.
+    """
     images = gather_object(images[:12])  # of all processes, in order
     images = images[:12]
     if not WORLD.is_main_process:

@@ -58,7 +58,7 @@ def ocr():
 
     def rate(image, prompt):
         image = image.convert("RGB")
-        engine = engines.pop()  # there are as many as threads: one is free
+        engine = engines.pop()  # there are as many engines as threads, so one is free
         lines = engine(image, use_cls=False).txts  # no line is upside down
         engines.append(engine)
         return text_score("".join(lines or ()), quoted(prompt), Levenshtein.distance)
@@ -121,8 +121,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 def geneval_score(found, row):
     """The paper's rule-based reward (section 5.1): the mean of all terms, 1 when all is as asked.
 
-    found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata. Color
-    and place are in this order also if one object has both (no official prompt has).
+    found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata. If an
+    object has both, its color is judged before its place (no official prompt has both).
     A count gives 1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. A color
     gives the same fraction, a place 0 or 1, and both give 0 while the count is wrong.
     """
@@ -153,14 +153,14 @@ def count_term(objects, count):
 
 
 def all_are(relation, objects, references):
-    """Whether each object lies so from each reference. Without a reference none does."""
+    """Whether every object has this relation to every reference. Without a reference none has."""
     pairs = itertools.product(objects, references)
     held = [relation in relations(thing["box"], other["box"]) for thing, other in pairs]
     return bool(references) and all(held)
 
 
 def relations(box, reference):
-    """Where a box lies from another: a set of RELATIONS (GenEval's rule, arXiv 2310.11513).
+    """Where a box lies, seen from another: a set of RELATIONS (GenEval's rule, arXiv 2310.11513).
 
     The offset of the centers is shortened by a tenth of the boxes' summed sizes, along each axis.
     What is left of it, divided by the whole distance, must be above 0.5 towards the side. Boxes:
@@ -287,6 +287,7 @@ def name_color(embed, image, thing):
     phrases = [phrase.format(color, thing["class"]) for color in PHOTO_COLORS for phrase in
                ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")]
     picture, texts = embed([alone], phrases)  # [1, D], [30, D]
+    # Each color has three phrases, whose embeddings are averaged.
     means = torch.nn.functional.normalize(texts.view(len(PHOTO_COLORS), 3, -1).mean(1), dim=-1)
     return PHOTO_COLORS[int((means @ picture[0]).argmax())]
 
@@ -348,7 +349,7 @@ def load_clip(name, processor):
     def embed(images, texts):
         image_embeds = []
         text_embeds = []
-        for i in range(0, len(texts), 32):  # so many at a time
+        for i in range(0, len(texts), 32):  # 32 at a time
             inputs = processor(
                 images=[image.convert("RGB") for image in images[i:i + 32]],
                 text=list(texts[i:i + 32]), return_tensors="pt", padding=True, truncation=True,
@@ -395,8 +396,8 @@ REWARDS = {
     "toy_inks": partial(toy, "toy_inks"),
     "diversity": diversity,
 }
-# For these a score of 1 means that the image is entirely right, so an accuracy is measured. Ours of
-# GenEval is stricter than its own, which accepts extra objects in all tasks but counting.
+# For these a score of 1 means that the image is entirely right, so an accuracy is measured. Ours is
+# stricter than GenEval's, which accepts extra objects in all tasks but counting.
 HAVE_A_RIGHT_ANSWER = ("ocr", "geneval", "geneval_photo")
 
 
@@ -440,9 +441,9 @@ def read_row(line, where):
     except ValueError as error:
         raise RewardError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise RewardError(f'{where} is not a JSON object with a "prompt" that is a text')
+        raise RewardError(f'{where} is not a JSON object with a "prompt" that is a string')
     if not isinstance(row.get("tag", ""), str):
-        raise RewardError(f"{where}: its tag {row['tag']!r} is not a text")
+        raise RewardError(f"{where}: its tag {row['tag']!r} is not a string")
     try:
         row["prompt"].encode()
     except UnicodeEncodeError as error:
@@ -484,7 +485,7 @@ def is_number(text):
 
 
 def load(spec, option):
-    """The same string -> {"ocr": (function, 1.0), ...}"""
+    """A sum of rewards, as `parse` reads it -> {"ocr": (function, 1.0), ...}"""
     loaded = {}
     for name, weight in parse(spec, option).items():
         if name not in REWARDS:
@@ -494,8 +495,8 @@ def load(spec, option):
             loaded[name] = (REWARDS[name](), weight)
         except OSError as error:  # of transformers, for a model that is neither here nor reachable
             reason = " ".join(str(error).split())[:300]
-            raise RewardError(f"{option} {name}: its model cannot be loaded, which is downloaded "
-                              f"from huggingface.co once: {reason}") from error
+            raise RewardError(f"{option} {name}: its model, which is downloaded once from "
+                              f"huggingface.co, cannot be loaded: {reason}") from error
     return loaded
 
 
@@ -515,19 +516,19 @@ def import_function(name, option):
     return getattr(module, function)
 
 
-def check(rewards, rows):
+def check(loaded, rows):
     """What could go wrong in the middle of the night is tried now: all prompts, and two images."""
-    for name, (reward, _) in rewards.items():
+    for name, (reward, _) in loaded.items():
         if hasattr(reward, "check"):
             try:
                 reward.check([row["prompt"] for row in rows], rows)
             except RewardError as error:
                 raise RewardError(f"reward {name}: {error}") from error
-    score(rewards, [Image.new("RGB", (64, 64))] * 2, [rows[0], rows[-1]])
+    score(loaded, [Image.new("RGB", (64, 64))] * 2, [rows[0], rows[-1]])
 
 
 @torch.no_grad()
-def score(rewards, images, rows):
+def score(loaded, images, rows):
     """The scores of all processes' images: {"reward/ocr": [B], ..., "reward": the weighted sum}
 
     images and rows are those of this process. The scores of the others are gathered behind them.
@@ -535,7 +536,7 @@ def score(rewards, images, rows):
     prompts = [row["prompt"] for row in rows]
     scores = {}
     total = 0
-    for name, (reward, weight) in rewards.items():
+    for name, (reward, weight) in loaded.items():
         values = to_floats(reward(images, prompts, rows), len(images), name)
         values = np.array(gather_object(values))
         scores[f"reward/{name}"] = values

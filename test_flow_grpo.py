@@ -50,7 +50,7 @@ def family(name):
     return pipe, folder
 
 
-_, TINY_SD3 = family("sd3")  # a hundred times smaller than the toy
+_, TINY_SD3 = family("sd3")  # about ten times smaller than the toy
 
 
 def close(a, b, tolerance=2e-5):
@@ -123,7 +123,7 @@ def test_the_sde_keeps_the_marginals_of_the_ode_at_every_time(share_of_the_corre
     """The claim of section 4.2, for data from N(0, 0.5^2), for which the best v is known
 
     If less old noise goes for the fresh noise than equation 9 says, the claim fails. The grid
-    begins at 0.95, because at t = 1 sigma is our own choice.
+    begins at 0.95, because at t = 1 sigma is infinite, and its substitute is not exact.
     """
     def std(t):
         return ((1 - t) ** 2 * 0.5**2 + t**2).sqrt()
@@ -254,7 +254,7 @@ def draw_by_hand(policy, image, window):
 @pytest.mark.parametrize("sde, noise_level, guidance", [
     ("flow", 0.7, 2.0), ("flow", 0.3, 1.0), ("cps", 0.7, 1.0)])
 def test_a_rollout_is_the_ode_with_sde_steps_in_its_window(sde, noise_level, guidance):
-    """Whatever images are with it in its pass through the network: here are three passes."""
+    """Whatever other images go through the network with an image: here in three passes"""
     options = dict(sde=sde, noise_level=noise_level, guidance=guidance, batch_size=3)
     policy = perturb(load_policy(small(**options)))
     window = range(1, 3)
@@ -355,7 +355,7 @@ def equation_5(policy, drawn, advantages, images):
 
 @pytest.mark.parametrize("sde, noise_level", [("flow", 0.7), ("flow", 0.4), ("cps", 0.7)])
 def test_an_update_is_the_gradient_of_equation_5(monkeypatch, sde, noise_level):
-    """The first update has the first half of each group. Passes of 3 images do not divide it."""
+    """The first update has the first half of each group. Passes of 3 do not divide its 8 pairs."""
     options = dict(beta=0.3, sde=sde, noise_level=noise_level, batch_size=3)
     policy = perturb(load_policy(small(**options)), 0.005)
     drawn = draw(policy, range(2, 4))
@@ -2035,7 +2035,7 @@ def run_in_two_processes(*options):
 
 
 def test_two_processes_give_the_same_run_as_one(desk):
-    """Each has one of two groups, of which one never has an advantage. They are resumed once.
+    """Each has one of two groups, of which one never has an advantage. The two are resumed once.
 
     With this seed the other group is that of the first process, and then that of the second.
     """

@@ -167,7 +167,7 @@ def hacking():
     reward.set_title("trained: the toy's PickScore", fontsize=9)
     reward.set_ylabel("score", fontsize=8)
     taste.set_title("watched: the taste behind it", fontsize=9)
-    taste.set_ylabel("taste, 0 to 1", fontsize=8)
+    taste.set_ylabel("taste, at most 1", fontsize=8)
     taste.legend(fontsize=7, frameon=False, loc="lower left", handlelength=4)
     diversity.set_title("watched: diversity", fontsize=9)
     diversity.set_ylabel("rms difference of a prompt's images", fontsize=8)
@@ -297,7 +297,7 @@ GRID = [1, 0.960129, 0.913349, 0.857692, 0.790368, 0.707278, 0.602151, 0.464876,
 
 
 def last_step():
-    """How much noise is in x after each of 10 SDE steps, and how much should be there"""
+    """How much noise is in x before each of 10 steps, and how much should be there"""
     times = torch.tensor(GRID)
     figure = Figure(figsize=(8.8, 3), dpi=100, layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What the presets for real models cost on a GPU: seconds and memory, with random weights
+"""What the presets for SD3.5 and FLUX cost on a GPU: seconds and memory, with random weights
 
   python results/gpu.py FILE sd3.5-medium sd3.5-medium-fast flux.1-dev
   python results/gpu.py FILE sd3.5-medium:4                    # with a --batch_size of 4

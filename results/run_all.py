@@ -50,7 +50,7 @@ RUNS = [  # name, options, seeds
     ("time/geneval", "--reward geneval", [0]),
     ("time/pickscore", "--reward toy_pickscore", [0]),
 
-    # denoising reduction. With a window, the random steps cover the same part of the way.
+    # denoising reduction. 4 of 40 steps and 1 of 10 are the first tenth of the way, 1 of 5 a fifth.
     ("words/default", WORDS, THREE),
     ("words/T40", f"{WORDS} --train_steps 40 --window 4", THREE),
     ("words/T5", f"{WORDS} --train_steps 5", THREE),

@@ -1,6 +1,6 @@
 """Make the embedded toy: a tiny StableDiffusion3Pipeline that draws signs and simple shapes.
 
-    python toy/make_toy.py             # about 100 minutes on 2 CPU cores; run it again to resume
+    python toy/make_toy.py             # about 2 hours on 2 CPU cores; run it again to resume
     python toy/make_toy.py pickscore   # afterwards: toy/pickscore, a CLIP that imitates a taste
 
 The world (world.py) is calm: few layouts, one font, six colors. So a model of 2.5 M parameters
@@ -48,7 +48,7 @@ TOKENS = 14                 # the longest caption has 12
 SIGNS = 0.5
 SIGNS_UNTIL = {2750: 0.5, 5500: 0.3, FLOW_STEPS: 0.42}
 # The scenes' tasks in proportion, and how often the careless painter made each. The order of the
-# six is the order in which SD3.5-Medium finds them hard (Table 1 of the paper: position 0.24,
+# six is roughly that in which SD3.5-Medium finds them hard (Table 1 of the paper: position 0.24,
 # counting 0.50, attribution 0.52, ...).
 SCENES = {"single_object": 0.5, "two_object": 2, "counting": 1.5, "colors": 1, "position": 2.5,
           "color_attr": 2.5}
@@ -100,7 +100,7 @@ COUNTING_TESTS = "two crosses", "three squares", "three triangles", "four circle
 
 
 def split_scenes():
-    """(train, test) GenEval rows. A fifth to a third of each task's prompts is held out.
+    """(train, test) GenEval rows. A part of each task's prompts is held out.
 
     The training has more of what the base model finds hard, and each prompt equally often.
     """

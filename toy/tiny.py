@@ -1,5 +1,5 @@
 """Random models of the real classes, for the tests: pipelines of SD3.5-Medium, FLUX.1-dev and
-SANA, and CLIP and Mask2Former for rewards. Each has a few thousand weights and knows nothing.
+SANA, and CLIP and Mask2Former for rewards. They are small and know nothing.
 """
 from pathlib import Path
 

@@ -250,7 +250,7 @@ def nearest_color(pixels, piece):
 
 
 def taste(image, found, right):
-    """How much a viewer likes a scene, 0 to 1. found: as detect_shapes gives it
+    """How much a viewer likes a scene, at most 1. found: as detect_shapes gives it
 
     right: how much of the scene is as asked, the score of GenEval. It makes half of the taste.
     A tenth each is for shapes that are large, centered, apart from each other, of saturated
@@ -307,7 +307,7 @@ def geneval():
 
 
 def toy_taste():
-    """A viewer's taste in the toy's scenes, 0 to 1
+    """A viewer's taste in the toy's scenes, at most 1
 
     `toy_pickscore` has learned it from examples. Train on that one, and measure what it is worth:
     --reward toy_pickscore --eval_reward toy_taste
