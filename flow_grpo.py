@@ -279,7 +279,7 @@ def choose_window(config, rng):
     `window` is 0, they are all steps but the last.
 
     PAPER/CODE: In the paper all steps are random. The code does not train the last one, which ends
-    at s = 0. We take it with the ODE, because with CPS its std would be 0, and it has no density.
+    at s = 0. We take it with the ODE. With CPS its std would be 0, and it would have no density.
 
     With `window` 0 the training images are visibly noisy, because of the last step but one. At
     T = 10 and a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds noise of
