@@ -129,31 +129,35 @@ def save(figure, name):
 
 def curves():
     """The evaluations of every seed, for the three tasks"""
-    figure = Figure(figsize=(8.8, 2.8), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8.8, 3.1), dpi=100, layout="constrained")
     text, scenes, preference = figure.subplots(1, 3)
     for axes, name, key in (
             (text, "ocr/default", "eval_accuracy"),
             (scenes, "geneval/default", "eval_accuracy"),
             (preference, "pickscore/default", "eval_reward")):
+        of_all = []
         for row in runs(name):
             epochs, values = zip(*row["curves"][key])
-            axes.plot(epochs, values, ".-", color=SDE, alpha=0.6)
+            axes.plot(epochs, values, ".-", color=SDE, alpha=0.35)
+            of_all.append(values)
+        axes.plot(epochs, np.mean(of_all, 0), color="black", label=f"mean of {len(of_all)} seeds")
+        axes.legend(fontsize=8, frameon=False, loc="lower right")
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
     text.set_title("text", fontsize=9)
-    text.set_ylabel("share of words read without a mistake", fontsize=8)
+    text.set_ylabel("words read without a mistake", fontsize=9)
     text.set_ylim(0.5, 1)
     scenes.set_title("scenes (GenEval)", fontsize=9)
-    scenes.set_ylabel("share with all as asked", fontsize=8)
+    scenes.set_ylabel("images with all as asked", fontsize=9)
     scenes.set_ylim(0.5, 1)
     preference.set_title("preference", fontsize=9)
-    preference.set_ylabel("score of the toy's PickScore", fontsize=8)
+    preference.set_ylabel("score of the toy's PickScore", fontsize=9)
     save(figure, "curves")
 
 
 def hacking():
     """Preference, trained far too hard with the KL penalty and without it"""
-    figure = Figure(figsize=(8.8, 2.8), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8.8, 3.1), dpi=100, layout="constrained")
     reward, taste, diversity = figure.subplots(1, 3)
     for axes, key in ((reward, "eval_reward"), (taste, "eval_reward/toy_taste"),
                       (diversity, "eval_reward/diversity")):
@@ -165,12 +169,12 @@ def hacking():
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
     reward.set_title("trained: the toy's PickScore", fontsize=9)
-    reward.set_ylabel("score", fontsize=8)
+    reward.set_ylabel("score", fontsize=9)
     taste.set_title("watched: the taste behind it", fontsize=9)
-    taste.set_ylabel("taste, at most 1", fontsize=8)
-    taste.legend(fontsize=7, frameon=False, loc="lower left", handlelength=4)
-    diversity.set_title("watched: diversity", fontsize=9)
-    diversity.set_ylabel("rms difference of a prompt's images", fontsize=8)
+    taste.set_ylabel("taste, at most 1", fontsize=9)
+    taste.legend(fontsize=8, frameon=False, loc="lower left", handlelength=4)
+    diversity.set_title("watched: diversity of a prompt's images", fontsize=9)
+    diversity.set_ylabel("rms difference", fontsize=9)
     save(figure, "hacking")
 
 

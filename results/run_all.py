@@ -40,7 +40,7 @@ RUNS = [  # name, options, seeds
     ("base/ocr", f"{TEXT} {ALL} --epochs 0", [0]),
     ("base/geneval", f"{SCENES} {ALL} --epochs 0", [0]),
     ("base/pickscore", f"{TASTE} {ALL} --epochs 0", [0]),
-    ("ocr/default", f"{TEXT} {ALL}", TEXT_SEEDS),
+    ("ocr/default", f"{TEXT} {ALL} --eval_every 3", TEXT_SEEDS),
     ("geneval/default", f"{SCENES} {ALL}", SCENE_SEEDS),
     ("geneval/window3", f"{SCENES} {ALL} --epochs 24 --window 3 --no-same_noise "
      "--learning_rate 4e-3 --lr_decay", [7111, 7112]),  # tried as the preset, and given up
