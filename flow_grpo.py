@@ -21,7 +21,7 @@ Notation
   a       how random the sampler is, the option noise_level
   sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise. The `sigmas` of diffusers are t.
   T, K    how many denoising steps there are, and how many of them are random (SDE steps)
-  i, k    the number of a denoising step, from 0 to T-1, and of an SDE step, from 0 to K-1
+  i, k    the index of a denoising step, from 0 to T-1, and of an SDE step, from 0 to K-1
   B       the number of images in a tensor. Shapes are written in brackets: [B, C, H, W].
   D       C * H * W, the number of dimensions of a latent
 
@@ -102,28 +102,29 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9 of the paper
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# With equation 9, x is distributed as with the ODE at every time. Why? Let p be the density of x. A
-# small step of equation 9 does two things that the ODE's step does not. Both change p, as the
-# Fokker-Planck equation says:
+# If v is the best one and steps are small, equation 9 gives x the distribution that the ODE gives it,
+# at every time. Why? Let p be the density of x. A step of equation 9 does two things that the ODE's
+# step does not. Both change p, as the Fokker-Planck equation says:
 #
 #   1. It adds fresh noise. This changes p by std^2 / 2 * laplacian(p).
-#   2. It takes std^2 / (2t) * noise_guess away from x. Because -noise_guess / t is grad(log p)
-#      (equation 27), every x moves by std^2 / 2 * grad(log p), towards where x is more likely. This
-#      changes p by -std^2 / 2 * div(p * grad(log p)). And because p * grad(log p) is grad(p), that
-#      is -std^2 / 2 * laplacian(p).
+#   2. Its keep is smaller than s by std^2 / (2t), so it takes that much of noise_guess away from x.
+#      Because -noise_guess / t is grad(log p) (equation 27 of the paper), every x moves by
+#      std^2 / 2 * grad(log p), towards where x is more likely. This changes p by
+#      -std^2 / 2 * div(p * grad(log p)). And because p * grad(log p) is grad(p), that is
+#      -std^2 / 2 * laplacian(p).
 #
-# The two cancel at every x, whatever sigma is (appendix A of the paper has the proof). This is
-# exact for the best v and infinitely small steps. With guidance, or after training towards a
-# reward, v is no longer that average, and x keeps the ODE's distribution only roughly. And if there
-# are 10 steps, they are not small. At a = 0.7 on SD3.5's time grid, the noise in x should have a
-# std of s = 0.96 after the first step, but has 1.00. In late steps the error is far larger, see
-# `choose_window`.
+# The two cancel at every x, whatever sigma is (appendix A of the paper has the proof). But with
+# guidance, or after training towards a reward, v is no longer that average, and x keeps the ODE's
+# distribution only roughly. And if there are 10 steps, they are not small. At a = 0.7 on SD3.5's
+# time grid, the noise in x should have a std of s = 0.96 after the first step, but has
+# sqrt(keep^2 + std^2) = 1.00. In late steps the error is far larger, see `choose_window`.
 #
 # CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. If noise_guess were pure noise,
 # this would be the right amount of noise after steps of any size. But it is estimated from the same
-# x as data_guess, so the two vary together. What they have in common is lost with the part of
-# noise_guess that CPS drops, so the images lose variety (near t = 1 hardly any). The paper's
-# results are with the flow SDE, our default. CPS leaves no visible noise in the training images.
+# x as data_guess, so the two are correlated, and this adds to the variance of x. Fresh noise is
+# correlated with nothing. So with CPS x varies too little, and the images lose variety (near t = 1
+# hardly any). The paper's results are with the flow SDE, our default. CPS leaves no visible noise
+# in the training images.
 
 
 class Step(NamedTuple):
@@ -236,16 +237,16 @@ def clipped_loss(ratio, advantages, clip_range):
 
     The ratio says how much more likely a step is now than when it was sampled. In the first update
     of an epoch it is 1, so the gradient is -advantage * grad(log_prob), a plain policy gradient.
-    Later updates still use the images of the old policy. The further the new policy is from it, the
-    less these images say. So clipping limits how far they push it. If the advantage is positive,
-    there is no gradient any more once the ratio is above the range. If it is negative, there is
-    none once the ratio is below the range. A move in the wrong direction is never clipped, so it
-    can be undone.
+    Later updates still use the images of the old policy. The further the new policy is from the old
+    one, the less these images say about it. So clipping limits how far they can push it. If the
+    advantage is positive, there is no gradient any more once the ratio is above the range. If it is
+    negative, there is none once the ratio is below the range. A move in the wrong direction is
+    never clipped, so it can be undone.
 
     Our ratio is the D-th root of the true ratio, because log_prob is a mean over D dimensions. So
     clip ranges are very small. D is 65,536 for SD3.5 at 512 pixels. Even 1.0001, the end of the
     published clip range, is a true ratio of 1.0001^65536, about 700. In PPO the true ratio also
-    weights the loss. Its root is always nearly 1, so it only decides when to clip.
+    weights the gradient. Ours is always nearly 1, so all that it does is decide when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -268,7 +269,7 @@ class Rollout:
     condition: list         # the encoded prompts, tensors [B, ...]
     times: torch.Tensor     # [T+1]
     window: range           # which of the T steps were SDE steps, K of them
-    latents: torch.Tensor   # [B, K+1, C, H, W], before the first SDE step, if any, and after each
+    latents: torch.Tensor   # [B, K+1, C, H, W]: x before the first SDE step, and after each of them
     log_prob: torch.Tensor  # [B, K]
 
 
@@ -279,7 +280,8 @@ def choose_window(config, rng):
     `window` is 0, they are all steps but the last.
 
     PAPER/CODE: In the paper all steps are random. The code does not train the last one, which ends
-    at s = 0. We take it with the ODE. With CPS its std would be 0, and it would have no density.
+    at s = 0. We take it with the ODE. As an SDE step it would add little noise, and with CPS none,
+    which means no density.
 
     With `window` 0 the training images are visibly noisy, because of the last step but one. At
     T = 10 and a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds noise of
@@ -355,11 +357,12 @@ def update(policy, config, drawn, advantages):
     drawn is the Rollout of this process, and advantages [B] are those of its images.
 
     Several small updates usually get further than a large one. The first one gets the first part of
-    each group, the second the next part, and so on. PPO would go over the same images several
-    times. The official code uses each image once, and so do we.
+    each group, the second the next part, and so on. PPO goes over the same images several times,
+    because its ratio can correct for what has changed since they were sampled. Ours cannot. So each
+    image is used once, as in the official code.
 
     PAPER/CODE: The code shuffles the images of the epoch first. We need not, because the images of
-    a group are all drawn in the same way, and any part of them is as good as any other.
+    a group are independent samples, and any part of them is as good as any other.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
     keeps them. We keep them, because they still have a KL penalty.
@@ -393,8 +396,10 @@ def update(policy, config, drawn, advantages):
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
         "ratio_deviation": moved.abs().max(),  # the largest distance of a ratio from 1
-        "clip_low": too_low.float().mean(),  # the share of all ratios that are below the clip range
-        "clip_high": too_high.float().mean(),  # and above it
+        # The shares of all ratios that are below and above the clip range, clipped or not. In the
+        # first update all are 1, so with two updates these are at most 1/2.
+        "clip_low": too_low.float().mean(),
+        "clip_high": too_high.float().mean(),
         "grad_norm": np.mean(norms),
     }
 
@@ -430,8 +435,8 @@ def losses(policy, config, drawn, advantages, batch):
 def check_ratio(ratio, clip_range, is_first):
     """Stop if a ratio is not finite, or not 1 although the policy is still the one that sampled.
 
-    Rounding in the network moves a ratio a little, so we allow half of the clip range, but at least
-    1e-5 and at most 1e-4.
+    Rounding in the network moves a ratio a little. We allow half of the clip range, limited to
+    between 1e-5 and 1e-4.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -513,7 +518,7 @@ def my_part(items):
 def evaluate(policy, config, watched, test_set, folder):
     """Sample the test prompts with the ODE -> metrics. The images go to the folder.
 
-    watched has the rewards to measure, in the same form.
+    watched has the rewards to measure, {name: (function, weight)}.
 
     We train a random sampler and use it without randomness. Why does that work? Both follow the
     same v, so what moves the mean of an SDE step moves the step of the ODE as well. And in early
@@ -543,7 +548,7 @@ def evaluate(policy, config, watched, test_set, folder):
         right = scores[f"reward/{first_reward}"] == 1
         metrics["eval_accuracy"] = right.mean()
         metrics |= accuracy_by_tag(right, repeat_each(test_set, n))
-    # The first image of each prompt is kept.
+    # The first image of each prompt is kept. save_images gathers those of all processes.
     first_images = drawn.images[::n]
     first_scores = scores["reward"][::n]
     save_images(first_images, test_set, first_scores, folder)
@@ -583,7 +588,7 @@ def train(config):
     say(f"{folder}: {config.groups} groups of {config.group_size} images in an epoch, on "
         f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
 
-    is_finished = len(history) > config.epochs
+    is_finished = len(history) > config.epochs  # history also has epoch 0
     if is_finished:  # evaluate once more, for example on all prompts (--eval_prompts 0)
         metrics = evaluate(policy, config, watched, test_set, folder / "samples/again")
         say(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
@@ -591,9 +596,9 @@ def train(config):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Why let the learning rate fall? Once the images of a group all score the same, only
-            # the KL penalty has a gradient. At a constant rate the penalty then moves the toy back
-            # towards the base model.
+            # Late in a run of the toy, the images of most groups all score the same, and only the
+            # KL penalty still has a gradient. A falling rate keeps it from undoing what was
+            # learned.
             decay = 1
             if config.lr_decay:
                 decay = 1 - (epoch - 1) / config.epochs
@@ -625,7 +630,7 @@ class Policy:
       forward       gives the velocity. t is 1 for noise, and v leads from the image to the noise.
                     Some networks define t and v the other way round.
       velocity      only if its guidance is an input of the network
-      time_grid     only if its own pipeline gives set_timesteps more than the number of steps
+      time_grid     only if its own pipeline gives set_timesteps other arguments, such as mu
       decode        only if its VAE scales the latents in another way
 
     Your class is right if a rollout with an empty window gives the image of the family's own
@@ -779,7 +784,7 @@ class Policy:
         self.optimizer.zero_grad()
         self.updates += 1
         n = self.updates
-        no_averaging = self.config.ema_decay == 0  # copy the weights after every update
+        no_averaging = self.config.ema_decay == 0  # then the average is always a copy
         if n % self.config.ema_every == 0 or no_averaging:
             # The decay starts small, so that the average soon forgets the untrained weights (as in
             # the code's ema.py).
@@ -959,7 +964,7 @@ def warn_about_prompts(policy, config, rows):
 class Config:
     preset: str = ""  # one of PRESETS. If empty, the one with the name of the reward, if any
     reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
-    eval_reward: str = ""  # rewards that are only measured, to see whether the other is hacked
+    eval_reward: str = ""  # rewards that are only measured, to see whether --reward is hacked
     # Folder or hub name of an SD3, FLUX or SANA pipeline. Name a preset as well, because the other
     # defaults are the toy's
     model: str = "toy"
@@ -973,8 +978,8 @@ class Config:
     gradient_checkpointing: bool = False  # less memory, slower updates
     offload: bool = False  # text encoders and network take turns on the GPU
     name: str = ""  # folder under runs/. If empty, the name of the reward, numbered
-    # Folder of a run to continue, with its options. It runs the reward that is named there, so do
-    # not resume a folder that you do not trust
+    # Folder of a run to continue, with its options. This runs the reward that its checkpoint names:
+    # do not resume a folder that you do not trust
     resume: str = ""
     report_to: str = ""  # also log to tensorboard, wandb, trackio, swanlab or another tracker
     seed: int = 0  # on a CPU, the same seed gives the same run
@@ -1008,7 +1013,7 @@ class Config:
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0 is off
     ema_every: int = 1  # updates between averagings
     # Images in one pass of the network, a matter of memory and speed. In bf16 it must divide the
-    # images that a process uses in an update, because rounding depends on the size of a batch
+    # images of a process in an update: rounding depends on the size of a batch, so all must be full
     batch_size: int = 64
     eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
     eval_per_prompt: int = 2  # images of each of them
@@ -1017,8 +1022,8 @@ class Config:
 # From section 5.1 of the paper. Guidance, learning rate, clip range and EMA are from the code. The
 # beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.
 # PAPER/CODE: The code trains in fp16. We use bf16, which needs no scaling of the loss.
-# PAPER/CODE: In every 8th update the code renews its moving average twice, with a decay of 0.9. We
-# do it once with 0.9^2 = 0.81.
+# PAPER/CODE: In every 8th update the code calls its averaging twice in a row, with a decay of 0.9.
+# We do it once, with 0.9^2 = 0.81.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
@@ -1027,7 +1032,8 @@ PAPER = dict(
     ema_decay=0.81, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
 
 # For one GPU of 24 GB, from issue 159 and pull request 178 of verl-omni (github.com/verl-project/
-# verl-omni). The authors' Flow-GRPO-Fast has other numbers. adam_eps: UniRL's pull request 407.
+# verl-omni), with the adam_eps of pull request 407 of UniRL. The authors' Flow-GRPO-Fast has other
+# numbers.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
@@ -1037,16 +1043,16 @@ FAST = PAPER | dict(
 PRESETS = {
     "sd3.5-medium": PAPER,
     "sd3.5-medium-fast": FAST,
-    # The same for a smaller model. Nobody has reported a run with these numbers.
+    # FAST for a smaller model. Nobody has reported a run with these numbers.
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux. It renews the moving average 6 times: 0.9^6 = 0.53.
+    # From the official pickscore_flux, which calls its averaging 6 times in a row: 0.9^6 = 0.53.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
         eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.53,
         batch_size=4, gradient_checkpointing=True),
-    # The toy. The defaults are for OCR, these two rewards take longer.
+    # Two more rewards for the toy. The defaults in Config are for OCR, these take longer.
     "geneval": dict(
         reward="geneval", group_size=16, epochs=36, eval_every=12, window=2, learning_rate=1.5e-3,
         lr_decay=False, beta=0.1),
@@ -1200,7 +1206,8 @@ def save(policy, config, folder, history):
     if was_evaluated:
         samples = folder / f"samples/{len(history) - 1:04d}"
         policy.pipe.save_lora_weights(samples, transformer_lora_layers=layers)
-    # Written last, and under another name first, so that it is whole wherever a run is killed.
+    # Written last, and under another name first. So wherever a run is killed, the checkpoint is
+    # whole, and only the epoch in progress is lost.
     checkpoint = policy.checkpoint() | {"options": asdict(config), "history": history}
     torch.save(checkpoint, folder / "checkpoint.tmp")
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
