@@ -102,8 +102,8 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9 of the paper
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
-# If v is the best one and steps are small, equation 9 gives x the same distribution as the ODE does,
-# at every time. Why? Let p be the density of x. A step of equation 9 does two things that the ODE's
+# If v is the best one and steps are small, equation 9 gives x the same distribution as the ODE, at
+# every time. Why? Let p be the density of x. A step of equation 9 does two things that the ODE's
 # step does not. Both change p, as the Fokker-Planck equation says:
 #
 #   1. It adds fresh noise. This changes p by std^2 / 2 * laplacian(p).
