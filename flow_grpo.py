@@ -362,7 +362,7 @@ def update(policy, config, drawn, advantages):
     image is used once, as in the official code.
 
     PAPER/CODE: The code shuffles the images of the epoch first. We need not, because the images of
-    a group are independent samples, and any part of them is as good as any other.
+    a group come in no particular order, and any part of them is as good as any other.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
     keeps them. We keep them, because they still have a KL penalty.
@@ -374,12 +374,12 @@ def update(policy, config, drawn, advantages):
 
     kls, ratios, norms = [], [], []
     parts = image_numbers.chunk(config.updates, dim=1)
-    for number, part in enumerate(parts):
+    for update_number, part in enumerate(parts):
         pairs = torch.cartesian_prod(part.flatten(), sde_steps)  # each image with each SDE step
         pairs_of_all_processes = len(pairs) * WORLD.num_processes
         for batch in progress(pairs.split(config.batch_size), "update"):
             policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
-            check_ratio(ratio, config.clip_range, is_first=number == 0)
+            check_ratio(ratio, config.clip_range, is_first=update_number == 0)
             loss = policy_loss + config.beta * kl
             # Each batch adds its share to the gradient, and `optimize` adds the gradients of all
             # processes. Together this is the gradient of the mean over all pairs.
@@ -407,14 +407,14 @@ def update(policy, config, drawn, advantages):
 def losses(policy, config, drawn, advantages, batch):
     """The terms of equation 5 -> policy_loss, kl, ratio, all [b]
 
-    The batch [b, 2] has b pairs: the number of an image, and the number of an SDE step.
+    The batch [b, 2] has b pairs: the index of an image, and that of an SDE step.
     """
-    number, k = batch.unbind(1)
-    x = drawn.latents[number, k]
-    x_next = drawn.latents[number, k + 1]
-    old_log_prob = drawn.log_prob[number, k]
-    advantage = advantages[number].to(x.device)
-    condition = [c[number] for c in drawn.condition]
+    image, k = batch.unbind(1)
+    x = drawn.latents[image, k]
+    x_next = drawn.latents[image, k + 1]
+    old_log_prob = drawn.log_prob[image, k]
+    advantage = advantages[image].to(x.device)
+    condition = [c[image] for c in drawn.condition]
     i = drawn.window.start + k
     step = make_step(drawn.times, i, config.noise_level, config.sde)
 
