@@ -6,8 +6,8 @@ reinforcement learning needs random choices: it makes the choices that turned ou
 So Flow-GRPO trains with random steps, and then uses the trained model without the randomness:
 
   sde_step          One denoising step, made random: some of the noise in x is replaced by fresh
-                    noise. So x_next comes from a Gaussian whose density is known: a policy. If the
-                    steps are small, the images are distributed as before.
+                    noise. So x_next comes from a Gaussian whose density is known: a policy. With
+                    the paper's SDE and small steps, the images are distributed as before.
   rollout           Samples a group of images for each prompt, in 10 steps instead of 40.
   group_advantages  Compares the reward of each image with the rewards of its own group.
   update            Makes the steps behind the better images more likely and the others less, with
@@ -116,15 +116,16 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 # The two cancel at every x, whatever sigma is (appendix A of the paper has the proof). But with
 # guidance, or after training towards a reward, v is no longer that average, and x keeps the ODE's
 # distribution only roughly. And if there are 10 steps, they are not small. At a = 0.7 on SD3.5's
-# time grid, the noise in x should have a std of s = 0.96 after the first step, but has
-# sqrt(keep^2 + std^2) = 1.00. In late steps the error is far larger, see `choose_window`.
+# time grid, the step from t = 0.96 to s = 0.91 leaves noise of std sqrt(keep^2 + std^2) = 0.97, not
+# 0.91. In late steps the error is far larger, see `choose_window`.
 #
 # CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. If noise_guess were pure noise,
 # this would be the right amount of noise after steps of any size. But it is estimated from the same
-# x as data_guess, so the two are correlated, and this adds to the variance of x. Fresh noise is
-# correlated with nothing. So with CPS x varies too little, and the images lose variety (near t = 1
-# hardly any). The paper's results are with the flow SDE, our default. CPS leaves no visible noise
-# in the training images.
+# x as data_guess. So the two are correlated, which adds to the variance of x. Fresh noise is
+# correlated with nothing. It varies more than noise_guess does, but this makes up for only a part
+# of what is lost. So with CPS x varies too little, and the images lose variety (near t = 1 hardly
+# any). The paper's results are with the flow SDE, our default. CPS leaves no visible noise in the
+# training images.
 
 
 class Step(NamedTuple):
@@ -144,7 +145,8 @@ def make_step(times, i, noise_level, sde="flow"):
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
         return Step(t, s, keep, std, kl_scale=std)
-    # At t = 1 sigma would be infinite. There the official code takes 1-s instead of 1-t.
+    # At t = 1 sigma would be infinite. There the official code takes 1-s instead of 1-t. So this step
+    # is not exact, however small it is.
     one_minus_t = torch.where(t == 1, 1 - s, 1 - t)
     sigma = noise_level * torch.sqrt(t / one_minus_t)
     std = sigma * torch.sqrt(t - s)
@@ -255,8 +257,8 @@ def clipped_loss(ratio, advantages, clip_range):
 # -------------------------------------------------------------------------------------- 2. rollout
 # In terms of reinforcement learning, a state is (prompt, t, x), an action is x_next, and an episode
 # is the way from noise to an image. There is one reward, at the end, and we cannot know which of
-# the steps earned it. So every step of an image gets the advantage of the image. What the other
-# steps contributed averages out over many images.
+# the steps earned it. So every step of an image gets the advantage of the image. For any one
+# step, what the others contributed averages out over many images.
 #
 # `policy` is the network with its LoRA, its text encoders and its VAE, the class Policy of chapter
 # 5. policy.velocity(x, t, condition) is v, with guidance if there is any. The condition is the
@@ -280,13 +282,13 @@ def choose_window(config, rng):
     `window` is 0, they are all steps but the last.
 
     PAPER/CODE: In the paper all steps are random. The code does not train the last one, which ends
-    at s = 0. We take it with the ODE. As an SDE step it would add little noise, and with CPS none,
-    which means no density.
+    at s = 0. We take it with the ODE. As a step of the flow SDE it would leave its noise in the
+    image, and with CPS it has no noise, and so no density.
 
-    With `window` 0 the training images are visibly noisy, because of the last step but one. At
-    T = 10 and a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds noise of
-    std 0.225, where 0.009 belongs, and the last step is too short to remove it. But all images of a
-    group are equally noisy, so many rewards can still compare them.
+    With the flow SDE and `window` 0 the training images are visibly noisy, because of the last step
+    but one. At T = 10 and a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds
+    noise of std 0.225, where 0.009 belongs, and the last step is too short to remove it. But all
+    images of a group are equally noisy, so many rewards can still compare them.
 
     A window of a few early steps leaves no such noise. The authors found later (Flow-GRPO-Fast)
     that it is enough: the early steps decide what an image shows, so their noise changes the reward
@@ -305,8 +307,8 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     first_seeds [B] are for the first noise of each image, fresh_seeds [B] for its SDE steps.
     The steps outside of the window follow the ODE: an empty window samples with the ODE.
 
-    Training samples in few steps, in the paper in 10 instead of 40, which takes a quarter of the
-    time. (The paper calls this denoising reduction.) The images get worse, but advantages only
+    Training samples in few steps (in the paper 10 instead of 40), which takes a quarter of the
+    time. The paper calls this denoising reduction. The images get worse, but advantages only
     compare them with each other, and for that they are good enough. The same network gives v in 10
     and in 40 steps, so what it learns should carry over.
     """
@@ -357,15 +359,15 @@ def update(policy, config, drawn, advantages):
     drawn is the Rollout of this process, and advantages [B] are those of its images.
 
     Several small updates usually get further than a large one. The first one gets the first part of
-    each group, the second the next part, and so on. PPO goes over the same images several times,
-    because its ratio can correct for what has changed since they were sampled. Ours cannot. So each
-    image is used once, as in the official code.
+    each group, the second the next part, and so on. PPO uses each sample several times, because
+    its ratio can correct for what has changed since it was drawn. Ours cannot. So each image is
+    used once, as in the official code.
 
     PAPER/CODE: The code shuffles the images of the epoch first. We need not, because the images of
     a group come in no particular order, and any part of them is as good as any other.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
-    keeps them. We keep them, because they still have a KL penalty.
+    keeps them. We keep them, because they still have a KL penalty, if beta is not 0.
     """
     # [groups, group_size]. With 2 updates, [[0, 1, 2, 3], [4, 5, 6, 7]] is split into
     # [[0, 1], [4, 5]] for the first and [[2, 3], [6, 7]] for the second.
@@ -520,8 +522,8 @@ def evaluate(policy, config, watched, test_set, folder):
 
     watched has the rewards to measure, {name: (function, weight)}.
 
-    We train a random sampler and use it without randomness. Why does that work? Both follow the
-    same v, so what moves the mean of an SDE step moves the step of the ODE as well. And in early
+    We train a random sampler and use it without randomness. Why does that work? SDE and ODE follow
+    the same v, so what moves the mean of an SDE step moves the step of the ODE as well. In early
     steps the x of the SDE are distributed nearly like those of the ODE, so v is trained on the kind
     of x that the ODE will meet. A short window trains v at a few times only. At the other times v
     changes, too, because one LoRA serves all times. Whether this helps, only the evaluation shows.
@@ -596,9 +598,9 @@ def train(config):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Late in a run of the toy, the images of most groups all score the same, and only the
-            # KL penalty still has a gradient. A falling rate keeps it from undoing what was
-            # learned.
+            # Late in a run of the toy with OCR, the images of nearly every group all score the
+            # same, and then only the KL penalty has a gradient. A falling rate keeps it from
+            # undoing what was learned.
             decay = 1
             if config.lr_decay:
                 decay = 1 - (epoch - 1) / config.epochs
@@ -799,7 +801,7 @@ class Policy:
             state = peft.get_peft_model_state_dict(self.network)
             layers = {}
             for name, weights in state.items():
-                # Other programs take alpha / rank to be 1.
+                # Programs that find no alpha in a file take alpha / rank to be 1.
                 if "lora_B" in name:
                     weights = ALPHA_OVER_RANK * weights
                 layers[name.removeprefix("base_model.model.")] = weights
@@ -964,7 +966,7 @@ def warn_about_prompts(policy, config, rows):
 class Config:
     preset: str = ""  # one of PRESETS. If empty, the one with the name of the reward, if any
     reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
-    eval_reward: str = ""  # rewards that are only measured, to see whether --reward is hacked
+    eval_reward: str = ""  # rewards that are only measured, to see whether --reward is being hacked
     # Folder or hub name of an SD3, FLUX or SANA pipeline. Name a preset as well, because the other
     # defaults are the toy's
     model: str = "toy"
@@ -986,7 +988,8 @@ class Config:
     epochs: int = 6  # an epoch: sample, score, compare, update. 0 only evaluates
     eval_every: int = 6  # epochs between evaluations
     groups: int = 16  # prompts in an epoch. More make the gradient less noisy
-    # Images of each prompt. The paper takes 24, because its long runs collapsed with 6 and 12
+    # Images of each prompt. The paper takes 24, because long PickScore runs collapsed with 6
+    # and 12
     group_size: int = 8
     train_steps: int = 10  # T in training
     eval_steps: int = 40  # T in evaluations
@@ -1023,7 +1026,7 @@ class Config:
 # beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.
 # PAPER/CODE: The code trains in fp16. We use bf16, which needs no scaling of the loss.
 # PAPER/CODE: In every 8th update the code calls its averaging twice in a row, with a decay of 0.9.
-# We do it once, with 0.9^2 = 0.81.
+# We do it once, with 0.9^2 = 0.81, which is the same once the decay has grown to 0.9.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,

@@ -121,8 +121,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 def geneval_score(found, row):
     """The paper's rule-based reward (section 5.1): the mean of all terms, 1 when all is as asked.
 
-    found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata. If an
-    object has both, its color is judged before its place (no official prompt has both).
+    found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata. If a row
+    asks for the color and the place of an object, the color is judged first (no official row does).
     A count gives 1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. A color
     gives the same fraction, a place 0 or 1, and both give 0 while the count is wrong.
     """

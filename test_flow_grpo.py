@@ -254,7 +254,7 @@ def draw_by_hand(policy, image, window):
 @pytest.mark.parametrize("sde, noise_level, guidance", [
     ("flow", 0.7, 2.0), ("flow", 0.3, 1.0), ("cps", 0.7, 1.0)])
 def test_a_rollout_is_the_ode_with_sde_steps_in_its_window(sde, noise_level, guidance):
-    """Whatever other images go through the network with an image: here in three passes"""
+    """An image does not depend on the others in its pass. Here there are three passes."""
     options = dict(sde=sde, noise_level=noise_level, guidance=guidance, batch_size=3)
     policy = perturb(load_policy(small(**options)))
     window = range(1, 3)
@@ -1984,11 +1984,12 @@ def test_a_finished_run_goes_on_with_more_epochs(copied_run):
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "sana"])
 def test_stock_diffusers_with_the_lora_draws_the_evaluations_image(desk, name):
-    """With the options that save memory"""
+    """After an epoch, and a second one on resuming, with the options that save memory"""
     _, folder = family(name)
     run(*TINY, "--model", folder, "--guidance", 2, "--reward", "custom.py:ink",
         "--learning_rate", 0.02, "--beta", 0, "--no-lr_decay", "--offload",
-        "--gradient_checkpointing", "--epochs", 2, "--eval_every", 1, "--name", "x")
+        "--gradient_checkpointing", "--name", "x")
+    run("--resume", "runs/x", "--epochs", 2)
     for row in read_metrics("runs/x")[1:]:
         assert row["kl"] > 0
         assert row["grad_norm"] > 0

@@ -173,7 +173,7 @@ def hacking():
     taste.set_title("watched: the taste behind it", fontsize=9)
     taste.set_ylabel("taste, at most 1", fontsize=9)
     taste.legend(fontsize=8, frameon=False, loc="lower left", handlelength=4)
-    diversity.set_title("watched: diversity of a prompt's images", fontsize=9)
+    diversity.set_title("watched: diversity in a prompt", fontsize=9)
     diversity.set_ylabel("rms difference", fontsize=9)
     save(figure, "hacking")
 
