@@ -145,7 +145,7 @@ def make_step(times, i, noise_level, sde="flow"):
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
         return Step(t, s, keep, std, kl_scale=std)
-    # At t = 1 sigma would be infinite. There the official code takes 1-s instead of 1-t. So this step
+    # At t = 1 sigma would be infinite. There the official code takes 1-s instead of 1-t. This step
     # is not exact, however small it is.
     one_minus_t = torch.where(t == 1, 1 - s, 1 - t)
     sigma = noise_level * torch.sqrt(t / one_minus_t)
