@@ -19,7 +19,8 @@ Notation
   x       the latent at time t: x = (1-t) * data + t * noise
   v       the velocity: the network's estimate of noise - data
   a       how random the sampler is, the option noise_level
-  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise. The `sigmas` of diffusers are t.
+  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise. (Not the `sigmas` of diffusers:
+          those are our t.)
   T, K    how many denoising steps there are, and how many of them are random (SDE steps)
   i, k    the index of a denoising step, from 0 to T-1, and of an SDE step, from 0 to K-1
   B       the number of images in a tensor. Shapes are written in brackets: [B, C, H, W].
@@ -93,7 +94,7 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #
 #     data_guess = x - t * v          noise_guess = x + (1-t) * v
 #
-# Every sampler mixes these two again, with less noise, for the next time s. The random samplers
+# Our samplers mix these two again, with less noise, for the next time s. The random samplers
 # keep less of noise_guess than the ODE does, and put fresh noise in its place:
 #
 #     x_next = (1-s) * data_guess + keep * noise_guess + std * fresh_noise
@@ -107,25 +108,26 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 # step does not. Both change p, as the Fokker-Planck equation says:
 #
 #   1. It adds fresh noise. This changes p by std^2 / 2 * laplacian(p).
-#   2. Its keep is smaller than s by std^2 / (2t), so it takes that much of noise_guess away from x.
-#      Because -noise_guess / t is grad(log p) (equation 27 of the paper), every x moves by
-#      std^2 / 2 * grad(log p), towards where x is more likely. This changes p by
+#   2. Its keep is smaller than s by std^2 / (2t), so x loses std^2 / (2t) * noise_guess. Because
+#      grad(log p) is -noise_guess / t (equation 27 of the paper), this moves every x by
+#      std^2 / 2 * grad(log p), towards where x is more likely. The move changes p by
 #      -std^2 / 2 * div(p * grad(log p)). And because p * grad(log p) is grad(p), that is
 #      -std^2 / 2 * laplacian(p).
 #
 # The two cancel at every x, whatever sigma is (appendix A of the paper has the proof). But with
 # guidance, or after training towards a reward, v is no longer that average, and x keeps the ODE's
-# distribution only roughly. And if there are 10 steps, they are not small. At a = 0.7 on SD3.5's
-# time grid, the step from t = 0.96 to s = 0.91 leaves noise of std sqrt(keep^2 + std^2) = 0.97, not
-# 0.91. In late steps the error is far larger, see `choose_window`.
+# distribution only roughly. The step from t = 1 is an exception (see make_step). And if there are
+# 10 steps, they are not small. At time s, x should contain noise of std s. But at a = 0.7 on
+# SD3.5's time grid, the step from t = 0.96 to s = 0.91 leaves sqrt(keep^2 + std^2) = 0.97. In late
+# steps the error is far larger, see `choose_window`.
 #
 # CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. If noise_guess were pure noise,
-# this would be the right amount of noise after steps of any size. But it is estimated from the same
-# x as data_guess. So the two are correlated, which adds to the variance of x. Fresh noise is
-# correlated with nothing. It varies more than noise_guess does, but this makes up for only a part
-# of what is lost. So with CPS x varies too little, and the images lose variety (near t = 1 hardly
-# any). The paper's results are with the flow SDE, our default. CPS leaves no visible noise in the
-# training images.
+# this would be the right amount of noise after steps of any size. But noise_guess is computed from
+# the same x as data_guess, and the two are positively correlated. In the ODE this correlation is
+# part of the variance of x. Replacing noise_guess by fresh noise removes some of it. Fresh noise
+# has a larger variance than noise_guess, but this makes up for only a part. So x varies too little
+# with CPS (near t = 1 hardly so), and the images lose variety. On the other hand, CPS leaves no
+# visible noise in the training images. The paper's results are with the flow SDE, our default.
 
 
 class Step(NamedTuple):
@@ -145,8 +147,8 @@ def make_step(times, i, noise_level, sde="flow"):
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
         return Step(t, s, keep, std, kl_scale=std)
-    # At t = 1 sigma would be infinite. There the official code takes 1-s instead of 1-t. This step
-    # is not exact, however small it is.
+    # At t = 1 sigma would be infinite. There the official code takes 1-s instead of 1-t. This
+    # step changes the distribution a little, however small it is.
     one_minus_t = torch.where(t == 1, 1 - s, 1 - t)
     sigma = noise_level * torch.sqrt(t / one_minus_t)
     std = sigma * torch.sqrt(t - s)
@@ -247,8 +249,9 @@ def clipped_loss(ratio, advantages, clip_range):
 
     Our ratio is the D-th root of the true ratio, because log_prob is a mean over D dimensions. So
     clip ranges are very small. D is 65,536 for SD3.5 at 512 pixels. Even 1.0001, the end of the
-    published clip range, is a true ratio of 1.0001^65536, about 700. In PPO the true ratio also
-    weights the gradient. Ours is always nearly 1, so all that it does is decide when to clip.
+    published clip range, is a true ratio of 1.0001^65536, about 700. In PPO the ratio also
+    multiplies the gradient, which corrects for samples of an old policy. Ours is always nearly 1
+    and corrects nothing. It only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -287,8 +290,8 @@ def choose_window(config, rng):
 
     With the flow SDE and `window` 0 the training images are visibly noisy, because of the last step
     but one. At T = 10 and a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds
-    noise of std 0.225, where 0.009 belongs, and the last step is too short to remove it. But all
-    images of a group are equally noisy, so many rewards can still compare them.
+    noise of std 0.225, although x should contain only 0.009, and the last step is too short to
+    remove it. But all images of a group are equally noisy, so many rewards can still compare them.
 
     A window of a few early steps leaves no such noise. The authors found later (Flow-GRPO-Fast)
     that it is enough: the early steps decide what an image shows, so their noise changes the reward
@@ -360,8 +363,9 @@ def update(policy, config, drawn, advantages):
 
     Several small updates usually get further than a large one. The first one gets the first part of
     each group, the second the next part, and so on. PPO uses each sample several times, because
-    its ratio can correct for what has changed since it was drawn. Ours cannot. So each image is
-    used once, as in the official code.
+    its ratio corrects for what the policy has changed since. Ours cannot (see `clipped_loss`). So
+    each image is used once, as in the official code. In later updates the images are a little out
+    of date, and clipping limits what they do.
 
     PAPER/CODE: The code shuffles the images of the epoch first. We need not, because the images of
     a group come in no particular order, and any part of them is as good as any other.
@@ -398,7 +402,7 @@ def update(policy, config, drawn, advantages):
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
         "ratio_deviation": moved.abs().max(),  # the largest distance of a ratio from 1
-        # The shares of all ratios that are below and above the clip range, clipped or not. In the
+        # The shares of ratios below and above the clip range, whatever their advantage. In the
         # first update all are 1, so with two updates these are at most 1/2.
         "clip_low": too_low.float().mean(),
         "clip_high": too_high.float().mean(),
@@ -599,8 +603,8 @@ def train(config):
         metrics = {"epoch": epoch}
         if epoch > 0:
             # Late in a run of the toy with OCR, the images of nearly every group all score the
-            # same, and then only the KL penalty has a gradient. A falling rate keeps it from
-            # undoing what was learned.
+            # same, and then only the KL penalty has a gradient. A falling rate keeps the penalty
+            # from undoing what was learned.
             decay = 1
             if config.lr_decay:
                 decay = 1 - (epoch - 1) / config.epochs
@@ -677,8 +681,8 @@ class Policy:
         """v in float32. x and v are [B, C, H, W], t is one time or one for each image.
 
         Classifier-free guidance combines two velocities into one, and our policy is the Gaussian
-        that this one gives. Sampling and training must both use it, or the ratio would compare two
-        policies. The gradient flows through both velocities.
+        around the step of this velocity. Sampling and training must both use it, or the ratio would
+        compare two policies. The gradient flows through both velocities.
         """
         v = self.predict(x, t, condition)
         if self.config.guidance != 1:
@@ -999,7 +1003,7 @@ class Config:
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
     # One first noise for a group, whose images then differ only by their SDE steps. The paper found
-    # that this explores less
+    # that this explores less. For the toy's words it makes no difference
     same_noise: bool = True
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch
@@ -1015,8 +1019,8 @@ class Config:
     lora_rank: int = 32  # alpha is twice the rank
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0 is off
     ema_every: int = 1  # updates between averagings
-    # Images in one pass of the network, a matter of memory and speed. In bf16 it must divide the
-    # images of a process in an update: rounding depends on the size of a batch, so all must be full
+    # Images in one pass of the network, a matter of memory and speed. In bf16 rounding depends on
+    # the size of a batch, so it must divide the images that a process uses in an update
     batch_size: int = 64
     eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
     eval_per_prompt: int = 2  # images of each of them
