@@ -1972,6 +1972,7 @@ def test_a_finished_run_is_evaluated_again_on_more_prompts(copied_run, capsys):
 def test_a_finished_run_goes_on_with_more_epochs(copied_run):
     before = read_metrics(copied_run)
     run("--resume", "runs/x", "--epochs", 3, "--learning_rate", 0.02)
+    assert not (copied_run / "samples/again").exists()
     rows = read_metrics(copied_run)
     assert rows[:3] == before
     assert len(rows) == 4
