@@ -114,20 +114,24 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #      -std^2 / 2 * div(p * grad(log p)). And because p * grad(log p) is grad(p), that is
 #      -std^2 / 2 * laplacian(p).
 #
-# The two cancel at every x, whatever sigma is (appendix A of the paper has the proof). But with
-# guidance, or after training towards a reward, v is no longer that average, and x keeps the ODE's
-# distribution only roughly. The step from t = 1 is an exception (see make_step). And if there are
-# 10 steps, they are not small. At time s, x should contain noise of std s. But at a = 0.7 on
-# SD3.5's time grid, the step from t = 0.96 to s = 0.91 leaves sqrt(keep^2 + std^2) = 0.97. In late
-# steps the error is far larger, see `choose_window`.
+# The two cancel at every x, whatever sigma is (appendix A of the paper has the proof). In practice
+# this holds only roughly, for three reasons:
+#
+#   - With guidance, or after training towards a reward, v is no longer that average.
+#   - At t = 1 sigma would be infinite. The official code takes 1-s instead of 1-t there, and so do
+#     we. This changes the distribution a little, however small the step is.
+#   - If there are 10 steps, they are not small. At time s, x should contain noise of std s. But at
+#     a = 0.7 on SD3.5's time grid, the step from t = 0.96 to s = 0.91 leaves
+#     sqrt(keep^2 + std^2) = 0.97. In late steps the error is far larger, see `choose_window`.
 #
 # CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. If noise_guess were pure noise,
 # this would be the right amount of noise after steps of any size. But noise_guess is computed from
 # the same x as data_guess, and the two are positively correlated. In the ODE this correlation is
 # part of the variance of x. Replacing noise_guess by fresh noise removes some of it. Fresh noise
-# has a larger variance than noise_guess, but this makes up for only a part. So x varies too little
-# with CPS (near t = 1 hardly so), and the images lose variety. On the other hand, CPS leaves no
-# visible noise in the training images. The paper's results are with the flow SDE, our default.
+# has a larger variance than noise_guess, but this makes up for only a part. So with CPS x varies
+# too little, and the images lose variety, though hardly any in steps near t = 1. On the other hand,
+# CPS leaves no visible noise in the training images. The paper's results are with the flow SDE,
+# which is our default.
 
 
 class Step(NamedTuple):
@@ -147,9 +151,7 @@ def make_step(times, i, noise_level, sde="flow"):
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
         return Step(t, s, keep, std, kl_scale=std)
-    # At t = 1 sigma would be infinite. There the official code takes 1-s instead of 1-t. This
-    # step changes the distribution a little, however small it is.
-    one_minus_t = torch.where(t == 1, 1 - s, 1 - t)
+    one_minus_t = torch.where(t == 1, 1 - s, 1 - t)  # at t = 1 it would be 0
     sigma = noise_level * torch.sqrt(t / one_minus_t)
     std = sigma * torch.sqrt(t - s)
     keep = s - std**2 / (2 * t)
@@ -363,7 +365,7 @@ def update(policy, config, drawn, advantages):
 
     Several small updates usually get further than a large one. The first one gets the first part of
     each group, the second the next part, and so on. PPO uses each sample several times, because
-    its ratio corrects for what the policy has changed since. Ours cannot (see `clipped_loss`). So
+    its ratio corrects for how the policy has changed since. Ours cannot (see `clipped_loss`). So
     each image is used once, as in the official code. In later updates the images are a little out
     of date, and clipping limits what they do.
 

@@ -284,12 +284,17 @@ def name_color(embed, image, thing):
     """The one of PHOTO_COLORS that CLIP sees in an object."""
     gray = Image.new("RGB", image.size, (153, 153, 153))
     alone = Image.composite(image.convert("RGB"), gray, thing["mask"]).crop(thing["box"])
-    phrases = [phrase.format(color, thing["class"]) for color in PHOTO_COLORS for phrase in
-               ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")]
+    kind = thing["class"]
+    phrases = []
+    for color in PHOTO_COLORS:
+        phrases.append(f"a photo of a {color} {kind}")
+        phrases.append(f"a photo of a {color}-colored {kind}")
+        phrases.append(f"a photo of a {color} object")
     picture, texts = embed([alone], phrases)  # [1, D], [30, D]
-    # Each color has three phrases, whose embeddings are averaged.
-    means = torch.nn.functional.normalize(texts.view(len(PHOTO_COLORS), 3, -1).mean(1), dim=-1)
-    return PHOTO_COLORS[int((means @ picture[0]).argmax())]
+    means = texts.view(len(PHOTO_COLORS), 3, -1).mean(1)  # over the three phrases of a color
+    directions = torch.nn.functional.normalize(means, dim=-1)
+    cosines = directions @ picture[0]
+    return PHOTO_COLORS[int(cosines.argmax())]
 
 
 # ------------------------------------------------------------------------- preference and alignment

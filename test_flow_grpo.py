@@ -657,12 +657,12 @@ def test_in_bf16_the_network_gets_a_rounded_x_but_guidance_is_in_float32():
 def test_in_bf16_the_lora_computes_in_bf16():
     """Although its weights are in float32"""
     policy = load_policy(small(precision="bf16"))
-    modules = dict(policy.network.named_modules())
-    lora = modules[next(name for name in modules if name.endswith("lora_A.default"))]
-    dtypes = []
-    lora.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    dtypes = set()
+    for name, module in policy.network.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
     policy.velocity(torch.ones(2, 4, 16, 16), torch.tensor(0.5), policy.encode(PROMPTS))
-    assert dtypes == [torch.bfloat16]
+    assert dtypes == {torch.bfloat16}
 
 
 def test_both_branches_of_guidance_carry_gradient():

@@ -135,12 +135,13 @@ def curves():
             (text, "ocr/default", "eval_accuracy"),
             (scenes, "geneval/default", "eval_accuracy"),
             (preference, "pickscore/default", "eval_reward")):
-        of_all = []
+        all_values = []
         for row in runs(name):
             epochs, values = zip(*row["curves"][key])
             axes.plot(epochs, values, ".-", color=SDE, alpha=0.35)
-            of_all.append(values)
-        axes.plot(epochs, np.mean(of_all, 0), color="black", label=f"mean of {len(of_all)} seeds")
+            all_values.append(values)
+        label = f"mean of {len(all_values)} seeds"
+        axes.plot(epochs, np.mean(all_values, 0), color="black", label=label)
         axes.legend(fontsize=8, frameon=False, loc="lower right")
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
