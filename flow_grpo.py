@@ -41,7 +41,6 @@ models, 6 has the options, 7 the files and pictures. The default model is a toy,
   accelerate launch flow_grpo.py --preset sd3.5-medium --dataset FOLDER   # on all GPUs
 """
 import inspect
-import itertools
 import json
 import math
 import os
@@ -85,12 +84,11 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
     library.utils.logging.disable_progress_bar()
 
 # ------------------------------------------------------------------------------ 1. the mathematics
-# All of this is in float32, even if the network runs in bf16. In bf16 the ratio of a new to an old
-# probability would be rounded to 1.
+# All of this is in float32, even if the network runs in bf16, which would round a ratio of new to
+# old probability to 1.
 #
-# The network sees x and t, but not the data and the noise that x is made of. Many pairs of data and
-# noise give the same x, and the best v that it can predict is the average of noise - data over all
-# of them. From x and this v together we get an estimate of the data and one of the noise:
+# Many pairs of data and noise give the same x, so the best v that the network can predict is the
+# average of noise - data over all of them. From x and v we get estimates of the data and the noise:
 #
 #     data_guess = x - t * v          noise_guess = x + (1-t) * v
 #
@@ -104,41 +102,34 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
 # If v is the best one and steps are small, equation 9 gives x the same distribution as the ODE, at
-# every time. Why? Let p be the density of x. A step of equation 9 does two things that the ODE's
-# step does not. Both change p, as the Fokker-Planck equation says:
+# every time and whatever sigma is. Why? Let p be the density of x. A step of equation 9 does two
+# things that the ODE's step does not, and their effects on p cancel:
 #
-#   1. It adds fresh noise. This changes p by std^2 / 2 * laplacian(p).
-#   2. Its keep is smaller than s by std^2 / (2t), so x loses std^2 / (2t) * noise_guess. Because
-#      grad(log p) is -noise_guess / t (equation 27 of the paper), this moves every x by
-#      std^2 / 2 * grad(log p), towards where x is more likely. The move changes p by
-#      -std^2 / 2 * div(p * grad(log p)). And because p * grad(log p) is grad(p), that is
-#      -std^2 / 2 * laplacian(p).
+#   1. It adds fresh noise. This spreads x out, and changes p by std^2 / 2 * laplacian(p).
+#   2. It keeps less of noise_guess, so x loses std^2 / (2t) * noise_guess. Because noise_guess is
+#      -t * grad(log p) (equation 27 of the paper), every x moves by std^2 / 2 * grad(log p), to
+#      where x is more likely. This changes p by -std^2 / 2 * laplacian(p).
 #
-# The two cancel at every x, whatever sigma is (appendix A of the paper has the proof). In practice
-# this holds only roughly, for three reasons:
+# (Both changes follow from the Fokker-Planck equation. Appendix A of the paper has the proof.) In
+# practice the distribution is only roughly the same, for three reasons:
 #
-#   - With guidance, or after training towards a reward, v is no longer that average.
-#   - At t = 1 sigma would be infinite. The official code takes 1-s instead of 1-t there, and so do
-#     we. This changes the distribution a little, however small the step is.
-#   - If there are 10 steps, they are not small. At time s, x should contain noise of std s. But at
-#     a = 0.7 on SD3.5's time grid, the step from t = 0.96 to s = 0.91 leaves
-#     sqrt(keep^2 + std^2) = 0.97. In late steps the error is far larger, see `choose_window`.
+#   - With guidance, or after training towards a reward, v is not that average any more.
+#   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
+#     This changes the distribution a little, even if the step is small.
+#   - Ten steps are not small, and x ends up with more noise than belongs there. `choose_window` has
+#     the worst example.
 #
-# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. If noise_guess were pure noise,
-# this would be the right amount of noise after steps of any size. But noise_guess is computed from
-# the same x as data_guess, and the two are positively correlated. In the ODE this correlation is
-# part of the variance of x. Replacing noise_guess by fresh noise removes some of it. Fresh noise
-# has a larger variance than noise_guess, but this makes up for only a part. So with CPS x varies
-# too little, and the images lose variety, though hardly any in steps near t = 1. On the other hand,
-# CPS leaves no visible noise in the training images. The paper's results are with the flow SDE,
-# which is our default.
+# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2, and so leaves no visible noise in
+# the training images. But x varies too little with CPS, because fresh noise, unlike noise_guess, is
+# not correlated with data_guess. The images lose variety, though hardly any in steps near t = 1.
+# The paper's results are with the flow SDE, which is our default.
 
 
 class Step(NamedTuple):
     """A step from t to s. Its tensors are [1, 1, 1, 1] for all images, or [B, 1, 1, 1] for each."""
     t: torch.Tensor
     s: torch.Tensor
-    keep: torch.Tensor  # how much of noise_guess stays
+    keep: torch.Tensor  # how much of noise_guess stays (below 0 in some large steps)
     std: torch.Tensor  # how much fresh noise is added
     kl_scale: torch.Tensor  # the scale in kl_penalty: sigma for the flow SDE, std for CPS
 
@@ -179,17 +170,15 @@ def sde_step(x, v, step, fresh_noise):
 def gaussian_log_prob(x_next, mean, std):
     """How likely a step is. x_next and mean are [B, C, H, W] -> [B]
 
-    x_next is the mean plus the fresh noise that this image happened to get. Raising log_prob moves
-    the mean towards this x_next, lowering it moves the mean away. So if the image turned out well,
-    the model learns to do by itself what helped by chance.
+    Raising log_prob moves the mean towards x_next, lowering it moves the mean away. So if an image
+    turned out well, the model learns to do by itself what the fresh noise did by chance.
 
-    PAPER/CODE: log p(x_next) is a sum over all D dimensions, and a small update would change it so
-    much that the ratio of probabilities would be huge or tiny. The code takes the mean over the
+    PAPER/CODE: log p(x_next) is a sum over all D dimensions. The code takes the mean over the
     dimensions instead, and so do we. `clipped_loss` says what this means for the ratio.
 
-    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it, so
-    that the same lines serve both samplers. In late steps the std of CPS is small and the factor
-    very large, so these steps would dominate the gradient. Use an early window with CPS.
+    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it. In
+    late steps of CPS the factor is very large, and these steps would dominate the gradient, so use
+    an early window with CPS.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -199,15 +188,14 @@ def gaussian_log_prob(x_next, mean, std):
 def kl_penalty(mean, mean_ref, kl_scale):
     """How far a step is from the base model's step. The means are [B, C, H, W] -> [B]
 
-    A reward is a stand-in for what we really want. Far from the base model it also gives high
-    scores to images that people do not like, and a model that produces such images is hacking the
-    reward. The KL penalty makes it expensive to move that far.
+    A reward is a stand-in for what we really want. Far from the base model it can give high scores
+    to images that people do not like. This is called reward hacking. The KL penalty makes it
+    expensive to move that far.
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
-    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions,
-    as it does for log_prob. And for the flow SDE it divides by sigma^2, although std^2 is
-    sigma^2 * (t-s), which makes the penalty weaker. We do the same, because the published beta of
-    0.04 was tuned for it. For CPS the code does divide by std^2.
+    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions.
+    For the flow SDE it divides by sigma^2 instead of std^2 = sigma^2 * (t-s), which makes the
+    penalty weaker. For CPS it divides by std^2. We do the same in both cases.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -243,17 +231,14 @@ def clipped_loss(ratio, advantages, clip_range):
 
     The ratio says how much more likely a step is now than when it was sampled. In the first update
     of an epoch it is 1, so the gradient is -advantage * grad(log_prob), a plain policy gradient.
-    Later updates still use the images of the old policy. The further the new policy is from the old
-    one, the less these images say about it. So clipping limits how far they can push it. If the
-    advantage is positive, there is no gradient any more once the ratio is above the range. If it is
-    negative, there is none once the ratio is below the range. A move in the wrong direction is
-    never clipped, so it can be undone.
+    Later updates still use the images of the old policy, so clipping limits how far these images
+    can push the new one. The gradient is 0 once a positive advantage has pushed the ratio above the
+    range, or a negative one has pushed it below. A move in the wrong direction is never clipped.
 
     Our ratio is the D-th root of the true ratio, because log_prob is a mean over D dimensions. So
-    clip ranges are very small. D is 65,536 for SD3.5 at 512 pixels. Even 1.0001, the end of the
-    published clip range, is a true ratio of 1.0001^65536, about 700. In PPO the ratio also
-    multiplies the gradient, which corrects for samples of an old policy. Ours is always nearly 1
-    and corrects nothing. It only decides when to clip.
+    clip ranges are very small: for SD3.5 at 512 pixels, where D is 65,536, the end of the published
+    range, 1.0001, is a true ratio of about 700. PPO's ratio also corrects the gradient for samples
+    of an old policy. Ours is always nearly 1 and only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -262,12 +247,10 @@ def clipped_loss(ratio, advantages, clip_range):
 # -------------------------------------------------------------------------------------- 2. rollout
 # In terms of reinforcement learning, a state is (prompt, t, x), an action is x_next, and an episode
 # is the way from noise to an image. There is one reward, at the end, and we cannot know which of
-# the steps earned it. So every step of an image gets the advantage of the image. For any one
-# step, what the others contributed averages out over many images.
+# the steps earned it. So every step of an image gets the advantage of the image.
 #
 # `policy` is the network with its LoRA, its text encoders and its VAE, the class Policy of chapter
-# 5. policy.velocity(x, t, condition) is v, with guidance if there is any. The condition is the
-# encoded prompt.
+# 5. policy.velocity(x, t, condition) is v, with guidance if there is any.
 
 
 @dataclass
@@ -286,18 +269,17 @@ def choose_window(config, rng):
     They are `window` steps in a row, which begin at a random step from 0 to `latest_start`. If
     `window` is 0, they are all steps but the last.
 
-    PAPER/CODE: In the paper all steps are random. The code does not train the last one, which ends
-    at s = 0. We take it with the ODE. As a step of the flow SDE it would leave its noise in the
-    image, and with CPS it has no noise, and so no density.
+    PAPER/CODE: In the paper all steps are random. The code does not train the last one. We take it
+    with the ODE, because with CPS the last step has no noise, and so no density.
 
     With the flow SDE and `window` 0 the training images are visibly noisy, because of the last step
     but one. At T = 10 and a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds
     noise of std 0.225, although x should contain only 0.009, and the last step is too short to
     remove it. But all images of a group are equally noisy, so many rewards can still compare them.
 
-    A window of a few early steps leaves no such noise. The authors found later (Flow-GRPO-Fast)
-    that it is enough: the early steps decide what an image shows, so their noise changes the reward
-    most. The update gets cheaper, with K steps instead of T-1. The rollout still takes T.
+    A window of a few early steps leaves no such noise, and makes the update cheaper. The authors
+    found later (Flow-GRPO-Fast) that it is enough, because the early steps decide what an image
+    shows.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -310,12 +292,11 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     """Sample B images in T steps, a group of them for each prompt -> Rollout
 
     first_seeds [B] are for the first noise of each image, fresh_seeds [B] for its SDE steps.
-    The steps outside of the window follow the ODE: an empty window samples with the ODE.
+    The steps outside of the window follow the ODE.
 
-    Training samples in few steps (in the paper 10 instead of 40), which takes a quarter of the
-    time. The paper calls this denoising reduction. The images get worse, but advantages only
-    compare them with each other, and for that they are good enough. The same network gives v in 10
-    and in 40 steps, so what it learns should carry over.
+    Training samples in few steps (in the paper 10 instead of 40), which the paper calls denoising
+    reduction. The images get worse, but they are good enough to be compared with each other. The
+    same network gives v in 10 and in 40 steps, so what it learns should carry over.
     """
     B = len(first_seeds)
     K = len(window)
@@ -323,8 +304,8 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     times = policy.time_grid(T)
     condition = [c.repeat_interleave(group_size, 0) for c in policy.encode(prompts)]
 
-    # An image has generators of its own, so its noise does not depend on the batch that it is in.
-    # They are on the CPU, so that a seed means the same noise on every device.
+    # Each image has generators of its own, on the CPU. So its noise depends on its seeds only, and
+    # not on the batch or the device.
     first_noise = randn_tensor((B, *policy.latent_shape), generators(first_seeds))
     fresh = generators(fresh_seeds)
 
@@ -348,7 +329,7 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
                 x, log_prob[batch, k] = sde_step(x, v, step, fresh_noise)
                 latents[batch, k + 1] = x
             else:
-                x = x + v * (step.s - step.t)  # the ODE needs only the times of a step
+                x = x + v * (step.s - step.t)  # the ODE
         images += policy.decode(x)
     return Rollout(images, condition, times, window, latents, log_prob)
 
@@ -363,17 +344,15 @@ def update(policy, config, drawn, advantages):
 
     drawn is the Rollout of this process, and advantages [B] are those of its images.
 
-    Several small updates usually get further than a large one. The first one gets the first part of
-    each group, the second the next part, and so on. PPO uses each sample several times, because
-    its ratio corrects for how the policy has changed since. Ours cannot (see `clipped_loss`). So
-    each image is used once, as in the official code. In later updates the images are a little out
-    of date, and clipping limits what they do.
+    Several small updates usually get further than a large one, so each update gets a part of each
+    group. PPO can use each sample several times, but our ratio does not correct for old samples
+    (see `clipped_loss`). So each image is used once, as in the official code.
 
-    PAPER/CODE: The code shuffles the images of the epoch first. We need not, because the images of
-    a group come in no particular order, and any part of them is as good as any other.
+    PAPER/CODE: The code shuffles the images of the epoch first. We do not, because the images of a
+    group come in no particular order.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
-    keeps them. We keep them, because they still have a KL penalty, if beta is not 0.
+    keeps them. We keep them for their KL penalty.
     """
     # [groups, group_size]. With 2 updates, [[0, 1, 2, 3], [4, 5, 6, 7]] is split into
     # [[0, 1], [4, 5]] for the first and [[2, 3], [6, 7]] for the second.
@@ -389,8 +368,7 @@ def update(policy, config, drawn, advantages):
             policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
             check_ratio(ratio, config.clip_range, is_first=update_number == 0)
             loss = policy_loss + config.beta * kl
-            # Each batch adds its share to the gradient, and `optimize` adds the gradients of all
-            # processes. Together this is the gradient of the mean over all pairs.
+            # Over all batches and processes these add up to the gradient of the mean of all pairs.
             (loss.sum() / pairs_of_all_processes).backward()
             kls.append(kl.detach())
             ratios.append(ratio.detach())
@@ -404,8 +382,7 @@ def update(policy, config, drawn, advantages):
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
         "ratio_deviation": moved.abs().max(),  # the largest distance of a ratio from 1
-        # The shares of ratios below and above the clip range, whatever their advantage. In the
-        # first update all are 1, so with two updates these are at most 1/2.
+        # The shares of ratios below and above the clip range. In the first update all ratios are 1.
         "clip_low": too_low.float().mean(),
         "clip_high": too_high.float().mean(),
         "grad_norm": np.mean(norms),
@@ -483,14 +460,12 @@ def train_epoch(policy, config, trained, train_set, epoch):
         first_seeds = repeat_each(first_seeds[:groups], size)
     window = choose_window(config, rng)
 
-    # Each process, one for each GPU, takes a part of the groups.
     rows = my_part(chosen)
     prompts = [row["prompt"] for row in rows]
     drawn = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
                     my_part(fresh_seeds))
 
-    # rewards.score gets the images of this process, and returns the scores of all processes: a dict
-    # with an array for each reward, and with their weighted sum as "reward".
+    # The scores of all processes: an array for each reward, and their weighted sum as "reward".
     scores = rewards.score(trained, drawn.images, repeat_each(rows, size))
 
     group_scores = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
@@ -501,8 +476,7 @@ def train_epoch(policy, config, trained, train_set, epoch):
 
     metrics = update(policy, config, drawn, own_advantages)
 
-    # The share of groups that teach nothing, because all their images have the same score. When it
-    # is high from the start, try other prompts, larger groups, or a reward with finer differences.
+    # The share of groups that teach nothing, because all their images have the same score.
     equal = group_scores.amax(1) == group_scores.amin(1)
     metrics["no_signal"] = equal.float().mean()
     metrics["group_std"] = group_scores.std(1, unbiased=False).mean()
@@ -515,7 +489,7 @@ def repeat_each(items, n):
 
 
 def my_part(items):
-    """The part of this process of a list or tensor. Together, the parts are the whole, in order."""
+    """The part of a list or tensor that is for this process. All parts are the whole, in order."""
     n = WORLD.num_processes
     rank = WORLD.process_index
     start = len(items) * rank // n
@@ -528,15 +502,13 @@ def evaluate(policy, config, watched, test_set, folder):
 
     watched has the rewards to measure, {name: (function, weight)}.
 
-    We train a random sampler and use it without randomness. Why does that work? SDE and ODE follow
-    the same v, so what moves the mean of an SDE step moves the step of the ODE as well. In early
-    steps the x of the SDE are distributed nearly like those of the ODE, so v is trained on the kind
-    of x that the ODE will meet. A short window trains v at a few times only. At the other times v
-    changes, too, because one LoRA serves all times. Whether this helps, only the evaluation shows.
+    Why can we train with the SDE and sample with the ODE? Both follow the same v, so what moves the
+    mean of an SDE step moves the step of the ODE as well. In early steps the two also meet nearly
+    the same x. A short window trains v at a few times only, but one LoRA serves all times, so v
+    changes at the others, too. Whether this helps, only the evaluation shows.
 
     We evaluate a moving average of the LoRA's weights, which is less noisy than the weights after
-    any one update. The seeds are the same in every evaluation, whatever --seed is, so that runs can
-    be compared.
+    any one update. The seeds are always the same, so that runs can be compared.
     """
     n = config.eval_per_prompt
     if config.eval_prompts > 0:
@@ -556,7 +528,7 @@ def evaluate(policy, config, watched, test_set, folder):
         right = scores[f"reward/{first_reward}"] == 1
         metrics["eval_accuracy"] = right.mean()
         metrics |= accuracy_by_tag(right, repeat_each(test_set, n))
-    # The first image of each prompt is kept. save_images gathers those of all processes.
+    # Only the first image of each prompt is kept.
     first_images = drawn.images[::n]
     first_scores = scores["reward"][::n]
     save_images(first_images, test_set, first_scores, folder)
@@ -604,9 +576,8 @@ def train(config):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Late in a run of the toy with OCR, the images of nearly every group all score the
-            # same, and then only the KL penalty has a gradient. A falling rate keeps the penalty
-            # from undoing what was learned.
+            # Once the images of nearly every group score the same, only the KL penalty has a
+            # gradient. A falling rate keeps the penalty from undoing what was learned.
             decay = 1
             if config.lr_decay:
                 decay = 1 - (epoch - 1) / config.epochs
@@ -688,15 +659,15 @@ class Policy:
         """
         v = self.predict(x, t, condition)
         if self.config.guidance != 1:
-            v_empty = self.predict(x, t, self.empty)
+            empty = [c.repeat_interleave(len(x), 0) for c in self.empty]  # a row for each image
+            v_empty = self.predict(x, t, empty)
             v = v_empty + self.config.guidance * (v - v_empty)
         return v
 
     def predict(self, x, t, condition):
-        """v without guidance. condition has a row for each image, or one row for all."""
-        B = len(x)
-        t = t.flatten().expand(B)
-        condition = [c.to(x.device).expand(B, *c.shape[1:]) for c in condition]
+        """v without guidance"""
+        t = t.flatten().expand(len(x))
+        condition = [c.to(x.device) for c in condition]
         bf16 = self.config.precision == "bf16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             v = self.forward(x.to(self.network.dtype), t, *condition)
@@ -739,13 +710,12 @@ class Policy:
         scheduler = self.pipe.scheduler
         scheduler.set_timesteps(T, device=WORLD.device, **options)
         times = scheduler.sigmas.float()
-        if abs(times[0] - 1) < 1e-6:
-            times[0] = 1  # for some values of `shift` it is rounded to just below 1
-        in_order = len(times) == T + 1 and (times.diff() < 0).all()
-        if not in_order or times[0] != 1 or times[-1] != 0:
+        falls = len(times) == T + 1 and (times.diff() < 0).all()
+        if not falls or abs(times[0] - 1) > 1e-6 or times[-1] != 0:
             sys.exit(f"--model {self.config.model}: the times of its {type(scheduler).__name__} do "
                      f"not fall from 1 to 0 in {T} steps. It needs a "
                      "FlowMatchEulerDiscreteScheduler")
+        times[0] = 1  # for some values of `shift` it is rounded to just below 1
         return times
 
     @torch.no_grad()
@@ -792,8 +762,9 @@ class Policy:
         self.optimizer.zero_grad()
         self.updates += 1
         n = self.updates
-        no_averaging = self.config.ema_decay == 0  # then the average is always a copy
-        if n % self.config.ema_every == 0 or no_averaging:
+        is_due = n % self.config.ema_every == 0
+        is_off = self.config.ema_decay == 0  # then the average is a copy of the weights
+        if is_due or is_off:
             # The decay starts small, so that the average soon forgets the untrained weights (as in
             # the code's ema.py).
             decay = min(self.config.ema_decay, (1 + n) / (10 + n))
@@ -1132,8 +1103,6 @@ def check_config(config):
                  f"be below --train_steps {config.train_steps}, as the last is never an SDE step")
     if config.sde == "cps" and config.noise_level >= 1:
         sys.exit(f"--noise_level {config.noise_level}: must be below 1 with --sde cps")
-    if config.ema_decay >= 1:
-        sys.exit(f"--ema_decay {config.ema_decay}: must be below 1, or nothing is ever averaged")
 
 
 def check_machine(config):
@@ -1189,31 +1158,27 @@ def claim_folder(config):
 
 
 def new_folder(names):
-    """runs/ocr, or the first free one of runs/ocr-2, runs/ocr-3, ... for the rewards of a run
-
-    mkdir fails if the folder is there, so two runs that start at the same time get two folders.
-    """
+    """runs/ocr, or the first free one of runs/ocr-2, runs/ocr-3, ... for the rewards of a run"""
     safe_names = [re.sub(r"[^\w.]+", "-", name).strip("-.") for name in names]
     folder_name = "-".join(safe_names)
-    for number in itertools.count(1):
-        folder = Path("runs", folder_name)
-        if number > 1:
-            folder = Path("runs", f"{folder_name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            pass
+    folder = Path("runs", folder_name)
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs", f"{folder_name}-{number}")
+    folder.mkdir(parents=True)  # fails if another run has taken it in this moment
+    return folder
 
 
 def save(policy, config, folder, history):
     """The options, the LoRA for diffusers (load_lora_weights), the checkpoint for --resume"""
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    epoch = len(history) - 1
     layers = policy.lora()
     policy.pipe.save_lora_weights(folder, transformer_lora_layers=layers)
     was_evaluated = "eval_reward" in history[-1]
     if was_evaluated:
-        samples = folder / f"samples/{len(history) - 1:04d}"
+        samples = folder / f"samples/{epoch:04d}"
         policy.pipe.save_lora_weights(samples, transformer_lora_layers=layers)
     # Written last, and under another name first. So wherever a run is killed, the checkpoint is
     # whole, and only the epoch in progress is lost.
@@ -1306,13 +1271,11 @@ def save_images(images, rows, scores, folder):
 
 
 def read_images(folder):
-    """What save_images has written -> the images, the prompts, the scores"""
+    """What save_images has written -> the images, and for each a row with its prompt and score"""
     with open(folder / "prompts.jsonl") as file:
         rows = [json.loads(line) for line in file]
     images = [Image.open(folder / f"{number:02d}.png") for number in range(len(rows))]
-    prompts = [row["prompt"] for row in rows]
-    scores = [row["score"] for row in rows]
-    return images, prompts, scores
+    return images, rows
 
 
 def evaluations(folder):
@@ -1323,31 +1286,33 @@ def evaluations(folder):
 def draw_before_after(folder):
     """Each prompt at the first and at the last evaluation -> before_after.png"""
     folders = evaluations(folder)
-    images_before, prompts, scores_before = read_images(folders[0])
-    images_after, _, scores_after = read_images(folders[-1])
-    titles = [textwrap.fill(f"{before:.2f} -> {after:.2f}  {prompt}", 44)
-              for before, after, prompt in zip(scores_before, scores_after, prompts)]
-    title_lines = max(title.count("\n") + 1 for title in titles)
-    rows = math.ceil(len(titles) / 3)
-    figure = Figure(figsize=(8.8, rows * (1.5 + 0.15 * title_lines)), dpi=100, layout="constrained")
-    for number, title in enumerate(titles):
-        before = images_before[number]
-        after = images_after[number]
+    images_before, rows_before = read_images(folders[0])
+    images_after, rows_after = read_images(folders[-1])
+    titles = []
+    for before, after in zip(rows_before, rows_after):
+        title = f"{before['score']:.2f} -> {after['score']:.2f}  {after['prompt']}"
+        titles.append(textwrap.fill(title, 44))
+    longest = max(title.count("\n") + 1 for title in titles)  # in lines
+    lines = math.ceil(len(titles) / 3)
+    figure = Figure(figsize=(8.8, lines * (1.5 + 0.15 * longest)), dpi=100, layout="constrained")
+    for number, (before, after) in enumerate(zip(images_before, images_after)):
         gap = Image.new("RGB", (before.width // 24, before.height), "white")
-        plot = figure.add_subplot(rows, 3, number + 1)
+        plot = figure.add_subplot(lines, 3, number + 1)
         plot.set_axis_off()
         plot.imshow(np.hstack([before, gap, after]))
-        plot.set_title(title, fontsize=8, parse_math=False)
-    figure.savefig(folder / "before_after.png", bbox_inches="tight")  # no line of a caption is lost
+        plot.set_title(titles[number], fontsize=8, parse_math=False)
+    figure.savefig(folder / "before_after.png", bbox_inches="tight")  # no line of a title is lost
 
 
-def draw_film(folder, frames=12, size=160):
+def draw_film(folder):
     """The same images at up to 12 evaluations -> film.gif"""
+    size = 160
     folders = evaluations(folder)
-    places = np.linspace(0, len(folders) - 1, min(frames, len(folders))).round().astype(int)
+    frames = min(12, len(folders))
+    places = np.linspace(0, len(folders) - 1, frames).round().astype(int)
     sheets = []
     for place in places:
-        images, _, _ = read_images(folders[place])
+        images, _ = read_images(folders[place])
         rows = math.ceil(len(images) / 4)
         sheet = Image.new("RGB", (4 * size, rows * size + 24), "white")
         title = f"epoch {int(folders[place].name)}"

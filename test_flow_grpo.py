@@ -3,6 +3,7 @@
 In the order of flow_grpo.py, with rewards.py before the options, and whole runs at the end.
 toy/golden.json has the official numbers.
 """
+import copy
 import functools
 import io
 import json
@@ -200,6 +201,21 @@ def small(**options):
     return replace(SMALL, **options)
 
 
+@functools.cache
+def loaded_policy():
+    policy = load_policy(SMALL)
+    return policy, copy.deepcopy(policy.checkpoint())
+
+
+def small_policy(**options):
+    """The policy that load_policy gives for these options. Loading it each time would be slow."""
+    policy, start = loaded_policy()
+    policy.config = small(**options)
+    policy.restore(copy.deepcopy(start))
+    policy.optimizer.zero_grad()
+    return policy
+
+
 def weights(policy):
     return torch.cat([p.detach().flatten() for p in policy.params])
 
@@ -256,7 +272,7 @@ def draw_by_hand(policy, image, window):
 def test_a_rollout_is_the_ode_with_sde_steps_in_its_window(sde, noise_level, guidance):
     """An image does not depend on the others in its pass. Here there are three passes."""
     options = dict(sde=sde, noise_level=noise_level, guidance=guidance, batch_size=3)
-    policy = perturb(load_policy(small(**options)))
+    policy = perturb(small_policy(**options))
     window = range(1, 3)
     drawn = draw(policy, window)
     for number in (0, 3, 7):
@@ -297,7 +313,7 @@ def test_the_first_ratio_is_1(guidance, precision):
 
 
 def test_the_base_model_has_a_kl_of_0():
-    policy = load_policy(small(updates=1, train_steps=3))
+    policy = small_policy(updates=1, train_steps=3)
     assert learn(policy, draw(policy, range(1, 2)))["kl"] == 0
     perturb(policy)
     assert learn(policy, draw(policy, range(1, 2)))["kl"] > 0
@@ -308,7 +324,7 @@ def test_the_base_model_has_a_kl_of_0():
     (5, torch.nan, "not finite", False),
     (7, torch.nan, "not finite", True)])  # image 7 is in the second update
 def test_a_wrong_ratio_stops_the_run_whichever_image_has_it(image, off, says, updated):
-    policy = load_policy(small(batch_size=3))
+    policy = small_policy(batch_size=3)
     before = weights(policy)
     drawn = draw(policy)
     drawn.log_prob[image, 1] += off
@@ -357,7 +373,7 @@ def equation_5(policy, drawn, advantages, images):
 def test_an_update_is_the_gradient_of_equation_5(monkeypatch, sde, noise_level):
     """The first update has the first half of each group. Passes of 3 do not divide its 8 pairs."""
     options = dict(beta=0.3, sde=sde, noise_level=noise_level, batch_size=3)
-    policy = perturb(load_policy(small(**options)), 0.005)
+    policy = perturb(small_policy(**options), 0.005)
     drawn = draw(policy, range(2, 4))
     advantages = torch.tensor([1.0, 0.0, -0.5, 0.0, 2.0, 0.0, 0.0, -1.0])
     first = equation_5(policy, drawn, advantages, images=(0, 1, 4, 5))
@@ -376,7 +392,7 @@ def test_an_update_is_the_gradient_of_equation_5(monkeypatch, sde, noise_level):
 
 @pytest.mark.parametrize("clip_range, clipped", [(1e-3, True), (0.1, False)])
 def test_an_image_that_has_moved_far_enough_gets_no_further_push(monkeypatch, clip_range, clipped):
-    policy = load_policy(small(clip_range=clip_range))  # with a beta of 0
+    policy = small_policy(clip_range=clip_range)  # with a beta of 0
     drawn = draw(policy)
     drawn.log_prob[[2, 3, 6, 7]] -= 0.005  # those of the second update are likelier by now
     norms = []
@@ -404,7 +420,7 @@ def test_the_metrics_of_an_update_are_of_the_whole_epoch(monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run():
-    policy = load_policy(small())
+    policy = small_policy()
     before = weights(policy)
     advantages = torch.zeros(8)
     advantages[5] = torch.nan
@@ -414,7 +430,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run():
 
 
 def test_a_velocity_or_pixel_that_is_not_finite_names_the_culprit():
-    policy = load_policy(small())
+    policy = small_policy()
     policy.params[0].data[:] = torch.nan
     says = exits(draw, policy)
     assert "velocity at t = 1.000 is not finite" in says
@@ -584,7 +600,7 @@ def test_every_evaluation_draws_the_same_prompts_from_the_same_seeds(evaluate):
 
 
 def test_an_evaluation_uses_the_average_and_then_puts_the_weights_back(monkeypatch, tmp_path):
-    policy = load_policy(small())
+    policy = small_policy()
     before = weights(policy)
     policy.average += 1
     used = []
@@ -610,10 +626,10 @@ def test_the_metrics_and_pictures_of_an_evaluation(evaluate, monkeypatch, tmp_pa
     assert metrics == pytest.approx({
         "eval_reward": 0.5 * mean + 0.5, "eval_reward/bright": mean, "eval_reward/half": 0.5,
         "eval_accuracy": 2 / 6, "eval_accuracy/x": 1 / 4, "eval_accuracy/y": 1 / 2})
-    images, prompts, scores = flow_grpo.read_images(tmp_path / "0012")
+    images, rows = flow_grpo.read_images(tmp_path / "0012")
     assert [image.getpixel((0, 0))[0] for image in images] == [255, 254, 51]
-    assert prompts == ["a", "b", "c"]
-    assert scores == pytest.approx([1, 0.5 + 127 / 255, 0.6])
+    assert [row["prompt"] for row in rows] == ["a", "b", "c"]
+    assert [row["score"] for row in rows] == pytest.approx([1, 0.5 + 127 / 255, 0.6])
 
     metrics, _ = evaluate(config, {"half": (half, 1.0), "bright": (bright, 0.5)}, levels)
     assert set(metrics) == {"eval_reward", "eval_reward/half", "eval_reward/bright"}
@@ -666,7 +682,7 @@ def test_in_bf16_the_lora_computes_in_bf16():
 
 
 def test_both_branches_of_guidance_carry_gradient():
-    policy = perturb(load_policy(small(guidance=3.0)))
+    policy = perturb(small_policy(guidance=3.0))
     condition = policy.encode(PROMPTS[:1])
     x = torch.ones(1, 4, 16, 16)
     t = torch.tensor(0.7)
@@ -684,7 +700,7 @@ def test_both_branches_of_guidance_carry_gradient():
 
 
 def test_the_encoding_of_a_prompt_does_not_depend_on_the_others():
-    policy = load_policy(small(batch_size=2))
+    policy = small_policy(batch_size=2)
     prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], "a photo of a red circle", PROMPTS[1]]
     together = policy.encode(prompts)
     alone = [policy.encode([prompt]) for prompt in prompts]
@@ -695,7 +711,7 @@ def test_the_encoding_of_a_prompt_does_not_depend_on_the_others():
 
 
 def test_offload_lets_the_network_and_the_text_encoders_take_turns(monkeypatch):
-    policy = load_policy(small(offload=True))
+    policy = small_policy(offload=True)
     assert len(policy.encoders) == 3
     moves = Mock()
     monkeypatch.setattr(policy.network, "cpu", moves.network_leaves)
@@ -723,7 +739,7 @@ def test_the_optimizer():
 
 
 def test_the_gradient_is_clipped_at_1_and_its_norm_before_that_is_returned(monkeypatch):
-    policy = load_policy(small())
+    policy = small_policy()
     used = []
     monkeypatch.setattr(
         policy.optimizer, "step", lambda: used.append(take_gradient(policy).norm()))
@@ -742,7 +758,7 @@ def test_the_gradient_is_clipped_at_1_and_its_norm_before_that_is_returned(monke
 def test_the_decay_of_the_average_grows_up_to_ema_decay(
         monkeypatch, options, updates_before, expected):
     """How far it has come, when every update adds 1 to all weights"""
-    policy = load_policy(small(**options))
+    policy = small_policy(**options)
     policy.updates = updates_before
 
     def add_1():
@@ -1545,7 +1561,7 @@ def run(*options):
     ("--sde cps --noise_level 1", "noise_level 1"),
     ("--window 3", "window 3.*--latest_start 1.*train_steps 4"),
     ("--window 0 --latest_start 0 --train_steps 1", "train_steps 1"),
-    ("--ema_decay 1", "ema_decay 1"), ("--group_size 1 --updates 1", "group_size 1"),
+    ("--group_size 1 --updates 1", "group_size 1"),
     ("--updates 3", "updates 3.*group_size 4"), ("--preset sd4", "preset sd4.*sd3.5-medium"),
     ("--report_to none", "report_to none.*not installed"), ("--reward ocrr", "ocrr.*geneval"),
     ("--eval_reward jpeg", "--eval_reward jpeg"),
@@ -1814,7 +1830,7 @@ def test_only_numbered_folders_are_evaluations(evaluated):
 def test_at_most_12_images_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(flow_grpo, "gather_object", lambda images: images + images)
     flow_grpo.save_images(gray(*range(13)), [{"prompt": "a"}] * 26, [0.0] * 26, tmp_path)
-    images, _, _ = flow_grpo.read_images(tmp_path)
+    images, _ = flow_grpo.read_images(tmp_path)
     assert len(images) == len(list(tmp_path.glob("*.png"))) == 12
 
 
@@ -2074,8 +2090,8 @@ def test_two_processes_give_the_same_run_as_one(desk):
         assert of_one.keys() == of_two.keys()
         for key in of_one.keys() - {"kl", "clip_low", "clip_high"}:  # tiny, or a count of few
             assert of_one[key] == pytest.approx(of_two[key], rel=1e-2, abs=1e-6), key
-    images_of_one, _, _ = flow_grpo.read_images(one / "samples/0000")
-    images_of_two, _, _ = flow_grpo.read_images(two / "samples/0000")
+    images_of_one, _ = flow_grpo.read_images(one / "samples/0000")
+    images_of_two, _ = flow_grpo.read_images(two / "samples/0000")
     for a, b in zip(images_of_one, images_of_two, strict=True):
         assert difference(a, b) <= 1
 
