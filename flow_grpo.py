@@ -84,8 +84,8 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
     library.utils.logging.disable_progress_bar()
 
 # ------------------------------------------------------------------------------ 1. the mathematics
-# All of this is in float32, even if the network runs in bf16, which would round a ratio of new to
-# old probability to 1.
+# All of this is in float32, even if the network runs in bf16. The update compares probabilities
+# whose ratio differs from 1 by about 0.0001. In bf16 that would be rounded to exactly 1.
 #
 # Many pairs of data and noise give the same x, so the best v that the network can predict is the
 # average of noise - data over all of them. From x and v we get estimates of the data and the noise:
@@ -103,33 +103,35 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #
 # If v is the best one and steps are small, equation 9 gives x the same distribution as the ODE, at
 # every time and whatever sigma is. Why? Let p be the density of x. A step of equation 9 does two
-# things that the ODE's step does not, and their effects on p cancel:
+# things that the ODE's step does not. By the Fokker-Planck equation, their effects on p cancel:
 #
-#   1. It adds fresh noise. This spreads x out, and changes p by std^2 / 2 * laplacian(p).
-#   2. It keeps less of noise_guess, so x loses std^2 / (2t) * noise_guess. Because noise_guess is
-#      -t * grad(log p) (equation 27 of the paper), every x moves by std^2 / 2 * grad(log p), to
-#      where x is more likely. This changes p by -std^2 / 2 * laplacian(p).
+#   1. It adds fresh noise. This blurs p: it changes by std^2 / 2 * laplacian(p).
+#   2. It keeps less of noise_guess, which moves x by -std^2 / (2t) * noise_guess. Because
+#      noise_guess is -t * grad(log p) (equation 27 of the paper), that is std^2 / 2 * grad(log p),
+#      a move to where x is more likely. This sharpens p: it changes by -std^2 / 2 * laplacian(p).
 #
-# (Both changes follow from the Fokker-Planck equation. Appendix A of the paper has the proof.) In
-# practice the distribution is only roughly the same, for three reasons:
+# Appendix A of the paper has the proof. In practice the distribution is only roughly the same, for
+# three reasons:
 #
-#   - With guidance, or after training towards a reward, v is not that average any more.
+#   - With guidance, or after training towards a reward, v is no longer that average.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
-#     This changes the distribution a little, even if the step is small.
+#     The std of this first step is then a, however small the step is, and x is a little too noisy
+#     after it.
 #   - Ten steps are not small, and x ends up with more noise than belongs there. `choose_window` has
 #     the worst example.
 #
 # CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2, and so leaves no visible noise in
-# the training images. But x varies too little with CPS, because fresh noise, unlike noise_guess, is
-# not correlated with data_guess. The images lose variety, though hardly any in steps near t = 1.
-# The paper's results are with the flow SDE, which is our default.
+# the training images. But with CPS x varies too little: noise_guess and data_guess vary together,
+# which adds to the variance of x, and fresh noise in place of noise_guess does not. So the images
+# lose variety, though very little by steps near t = 1. The paper's results are with the flow SDE,
+# which is our default.
 
 
 class Step(NamedTuple):
     """A step from t to s. Its tensors are [1, 1, 1, 1] for all images, or [B, 1, 1, 1] for each."""
     t: torch.Tensor
     s: torch.Tensor
-    keep: torch.Tensor  # how much of noise_guess stays (below 0 in some large steps)
+    keep: torch.Tensor  # the factor of noise_guess (a large step can make it negative)
     std: torch.Tensor  # how much fresh noise is added
     kl_scale: torch.Tensor  # the scale in kl_penalty: sigma for the flow SDE, std for CPS
 
@@ -235,10 +237,11 @@ def clipped_loss(ratio, advantages, clip_range):
     can push the new one. The gradient is 0 once a positive advantage has pushed the ratio above the
     range, or a negative one has pushed it below. A move in the wrong direction is never clipped.
 
-    Our ratio is the D-th root of the true ratio, because log_prob is a mean over D dimensions. So
-    clip ranges are very small: for SD3.5 at 512 pixels, where D is 65,536, the end of the published
-    range, 1.0001, is a true ratio of about 700. PPO's ratio also corrects the gradient for samples
-    of an old policy. Ours is always nearly 1 and only decides when to clip.
+    Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
+    always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and the
+    end of the published clip range, 1.0001, is a true ratio of about 700. In PPO the ratio also
+    reweights the samples of an old policy. A number so near 1 cannot do that. It only decides when
+    to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -269,8 +272,8 @@ def choose_window(config, rng):
     They are `window` steps in a row, which begin at a random step from 0 to `latest_start`. If
     `window` is 0, they are all steps but the last.
 
-    PAPER/CODE: In the paper all steps are random. The code does not train the last one. We take it
-    with the ODE, because with CPS the last step has no noise, and so no density.
+    PAPER/CODE: In the paper all steps are random and trained. In the code all are random, but the
+    last one is not trained. We take the last one with the ODE, because with CPS it has no noise.
 
     With the flow SDE and `window` 0 the training images are visibly noisy, because of the last step
     but one. At T = 10 and a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds
@@ -307,7 +310,7 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     # Each image has generators of its own, on the CPU. So its noise depends on its seeds only, and
     # not on the batch or the device.
     first_noise = randn_tensor((B, *policy.latent_shape), generators(first_seeds))
-    fresh = generators(fresh_seeds)
+    fresh_generators = generators(fresh_seeds)
 
     images = []
     latents = torch.empty(B, K + 1, *policy.latent_shape, device=WORLD.device)
@@ -325,9 +328,10 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
                 k = i - window.start
                 if k == 0:
                     latents[batch, 0] = x
-                fresh_noise = randn_tensor(x.shape, fresh[batch], x.device)
-                x, log_prob[batch, k] = sde_step(x, v, step, fresh_noise)
+                fresh_noise = randn_tensor(x.shape, fresh_generators[batch], x.device)
+                x, step_log_prob = sde_step(x, v, step, fresh_noise)
                 latents[batch, k + 1] = x
+                log_prob[batch, k] = step_log_prob
             else:
                 x = x + v * (step.s - step.t)  # the ODE
         images += policy.decode(x)
@@ -344,9 +348,10 @@ def update(policy, config, drawn, advantages):
 
     drawn is the Rollout of this process, and advantages [B] are those of its images.
 
-    Several small updates usually get further than a large one, so each update gets a part of each
-    group. PPO can use each sample several times, but our ratio does not correct for old samples
-    (see `clipped_loss`). So each image is used once, as in the official code.
+    Several small updates usually get further than a large one. So the images of an epoch are split,
+    and each update gets a part of every group. From the second update on, the images come from a
+    slightly older policy. Our ratio cannot correct for that (see `clipped_loss`), so we use no
+    image twice, like the official code.
 
     PAPER/CODE: The code shuffles the images of the epoch first. We do not, because the images of a
     group come in no particular order.
@@ -382,7 +387,8 @@ def update(policy, config, drawn, advantages):
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
         "ratio_deviation": moved.abs().max(),  # the largest distance of a ratio from 1
-        # The shares of ratios below and above the clip range. In the first update all ratios are 1.
+        # The shares of ratios below and above the clip range. In the first update all ratios are 1,
+        # so with two updates no share gets above one half.
         "clip_low": too_low.float().mean(),
         "clip_high": too_high.float().mean(),
         "grad_norm": np.mean(norms),
@@ -443,10 +449,10 @@ def redness(images, prompts, metadata):
     return [r - max(g, b) for r, g, b in means]
 
 
-def train_epoch(policy, config, trained, train_set, epoch):
+def train_epoch(policy, config, train_rewards, train_set, epoch):
     """Sample, score, compare, update -> metrics. All randomness comes from (seed, epoch).
 
-    trained has the rewards to train on, {name: (function, weight)}.
+    train_rewards are {name: (function, weight)}.
     """
     groups = config.groups
     size = config.group_size
@@ -466,7 +472,7 @@ def train_epoch(policy, config, trained, train_set, epoch):
                     my_part(fresh_seeds))
 
     # The scores of all processes: an array for each reward, and their weighted sum as "reward".
-    scores = rewards.score(trained, drawn.images, repeat_each(rows, size))
+    scores = rewards.score(train_rewards, drawn.images, repeat_each(rows, size))
 
     group_scores = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
     advantages = group_advantages(group_scores, config.std_over)
@@ -497,10 +503,10 @@ def my_part(items):
     return items[start:end]
 
 
-def evaluate(policy, config, watched, test_set, folder):
+def evaluate(policy, config, eval_rewards, test_set, folder):
     """Sample the test prompts with the ODE -> metrics. The images go to the folder.
 
-    watched has the rewards to measure, {name: (function, weight)}.
+    eval_rewards are {name: (function, weight)}.
 
     Why can we train with the SDE and sample with the ODE? Both follow the same v, so what moves the
     mean of an SDE step moves the step of the ODE as well. In early steps the two also meet nearly
@@ -520,10 +526,10 @@ def evaluate(policy, config, watched, test_set, folder):
     no_sde_steps = range(0)
     with policy.averaged():
         drawn = rollout(policy, config, prompts, seeds, config.eval_steps, no_sde_steps)
-    scores = rewards.score(watched, drawn.images, repeat_each(rows, n))  # of all processes
+    scores = rewards.score(eval_rewards, drawn.images, repeat_each(rows, n))  # of all processes
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
-    first_reward = list(watched)[0]
+    first_reward = list(eval_rewards)[0]
     if first_reward in rewards.HAVE_A_RIGHT_ANSWER:  # OCR and GenEval
         right = scores[f"reward/{first_reward}"] == 1
         metrics["eval_accuracy"] = right.mean()
@@ -549,13 +555,13 @@ def train(config):
     train_set = rewards.load_prompts(config, "train")
     test_set = rewards.load_prompts(config, "test")
     say(f"loading the reward {config.reward} and the model {config.model}")
-    trained = rewards.load(config.reward, "--reward")
+    train_rewards = rewards.load(config.reward, "--reward")
     # Evaluations also measure the rewards of --eval_reward, with a weight of 0 in the sum.
-    watched = dict(trained)
+    eval_rewards = dict(train_rewards)
     for name, (function, _) in rewards.load(config.eval_reward, "--eval_reward").items():
-        if name not in watched:
-            watched[name] = (function, 0)
-    rewards.check(watched, train_set + test_set)
+        if name not in eval_rewards:
+            eval_rewards[name] = (function, 0)
+    rewards.check(eval_rewards, train_set + test_set)
     policy = load_policy(config)
     warn_about_prompts(policy, config, train_set + test_set)
     folder = claim_folder(config)
@@ -570,21 +576,22 @@ def train(config):
 
     is_finished = len(history) > config.epochs  # history also has epoch 0
     if is_finished:  # evaluate once more, for example on all prompts (--eval_prompts 0)
-        metrics = evaluate(policy, config, watched, test_set, folder / "samples/again")
+        metrics = evaluate(policy, config, eval_rewards, test_set, folder / "samples/again")
         say(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     for epoch in progress(range(len(history), config.epochs + 1), "epochs"):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Once the images of nearly every group score the same, only the KL penalty has a
-            # gradient. A falling rate keeps the penalty from undoing what was learned.
-            decay = 1
+            # Late in a run, nearly all groups may have equal scores. Then only the KL penalty has a
+            # gradient, which pulls towards the base model. A falling rate limits how far.
+            learning_rate = config.learning_rate
             if config.lr_decay:
-                decay = 1 - (epoch - 1) / config.epochs
-            policy.set_learning_rate(config.learning_rate * decay)
-            metrics |= train_epoch(policy, config, trained, train_set, epoch)
+                learning_rate *= 1 - (epoch - 1) / config.epochs
+            policy.set_learning_rate(learning_rate)
+            metrics |= train_epoch(policy, config, train_rewards, train_set, epoch)
         if epoch % config.eval_every == 0 or epoch == config.epochs:
-            metrics |= evaluate(policy, config, watched, test_set, folder / f"samples/{epoch:04d}")
+            samples = folder / f"samples/{epoch:04d}"
+            metrics |= evaluate(policy, config, eval_rewards, test_set, samples)
         metrics["seconds"] = time.time() - start
         history.append({key: float(value) for key, value in metrics.items()})
         if WORLD.is_main_process:
@@ -984,7 +991,7 @@ class Config:
     lr_decay: bool = True  # the rate falls linearly. After the last epoch it would be 0
     # Adam divides a gradient by its recent size plus adam_eps. If the gradient is far smaller than
     # adam_eps, hardly anything moves. Our gradients can be that small, because the losses are means
-    # over D. If the kl stays at 0, try 1e-15
+    # over D. If the kl stays at 0, try 1e-15 (the official code has 1e-8)
     adam_eps: float = 1e-8
     clip_range: float = 1e-3  # a ratio this far from 1 gets no further push
     beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
@@ -993,7 +1000,7 @@ class Config:
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0 is off
     ema_every: int = 1  # updates between averagings
     # Images in one pass of the network, a matter of memory and speed. In bf16 rounding depends on
-    # the size of a batch, so it must divide the images that a process uses in an update
+    # the size of a batch, so all must be full: the images of a process in an update are a multiple
     batch_size: int = 64
     eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
     eval_per_prompt: int = 2  # images of each of them
