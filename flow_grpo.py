@@ -108,7 +108,8 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #   1. It adds fresh noise. This blurs p: it changes by std^2 / 2 * laplacian(p).
 #   2. It keeps less of noise_guess, which moves x by -std^2 / (2t) * noise_guess. Because
 #      noise_guess is -t * grad(log p) (equation 27 of the paper), that is std^2 / 2 * grad(log p),
-#      a move to where x is more likely. This sharpens p: it changes by -std^2 / 2 * laplacian(p).
+#      a move to where x is more likely. A move m changes p by -div(p * m), and p * grad(log p) is
+#      grad(p). So this sharpens p: it changes by -std^2 / 2 * laplacian(p).
 #
 # Appendix A of the paper has the proof. In practice the distribution is only roughly the same, for
 # three reasons:
@@ -120,11 +121,11 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #   - Ten steps are not small, and x ends up with more noise than belongs there. `choose_window` has
 #     the worst example.
 #
-# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2, and so leaves no visible noise in
-# the training images. But with CPS x varies too little: noise_guess and data_guess vary together,
-# which adds to the variance of x, and fresh noise in place of noise_guess does not. So the images
-# lose variety, though very little by steps near t = 1. The paper's results are with the flow SDE,
-# which is our default.
+# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2, the amount of noise that belongs
+# at s, and so leaves no visible noise in the training images. But its std does not shrink with the
+# step. So even with small steps x is not distributed as with the ODE: it varies too little, and the
+# images lose variety, though very little by steps near t = 1. The paper's results are with the flow
+# SDE, which is our default.
 
 
 class Step(NamedTuple):
@@ -178,9 +179,9 @@ def gaussian_log_prob(x_next, mean, std):
     PAPER/CODE: log p(x_next) is a sum over all D dimensions. The code takes the mean over the
     dimensions instead, and so do we. `clipped_loss` says what this means for the ratio.
 
-    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it. In
-    late steps of CPS the factor is very large, and these steps would dominate the gradient, so use
-    an early window with CPS.
+    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it, so
+    that log_prob is a log density. In late steps of CPS the factor is very large, and these steps
+    would dominate the gradient, so use an early window with CPS.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -214,7 +215,7 @@ def group_advantages(scores, std_over="epoch"):
     of the epoch, so that a group of nearly equal rewards is not blown up. The 1e-4 and the clamp
     are from the code.
     """
-    # In float64 the sum of equal float32 numbers is exact, so equal scores get exactly 0.
+    # Scores are float32. In float64 the sum of equal ones is exact, so they get exactly 0.
     scores = scores.double()
     better = scores - scores.mean(1, keepdim=True)
     if std_over == "epoch":
@@ -239,9 +240,9 @@ def clipped_loss(ratio, advantages, clip_range):
 
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and the
-    end of the published clip range, 1.0001, is a true ratio of about 700. In PPO the ratio also
-    reweights the samples of an old policy. A number so near 1 cannot do that. It only decides when
-    to clip.
+    end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. In PPO the
+    ratio also reweights the samples of an old policy. A number so near 1 cannot do that. It only
+    decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -273,7 +274,8 @@ def choose_window(config, rng):
     `window` is 0, they are all steps but the last.
 
     PAPER/CODE: In the paper all steps are random and trained. In the code all are random, but the
-    last one is not trained. We take the last one with the ODE, because with CPS it has no noise.
+    last one is not trained. We take the last one with the ODE, also for the flow SDE, because with
+    CPS it has no noise.
 
     With the flow SDE and `window` 0 the training images are visibly noisy, because of the last step
     but one. At T = 10 and a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds
@@ -303,7 +305,7 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     """
     B = len(first_seeds)
     K = len(window)
-    group_size = B // len(prompts)
+    group_size = B // len(prompts)  # in an evaluation this is config.eval_per_prompt
     times = policy.time_grid(T)
     condition = [c.repeat_interleave(group_size, 0) for c in policy.encode(prompts)]
 
@@ -387,8 +389,8 @@ def update(policy, config, drawn, advantages):
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
         "ratio_deviation": moved.abs().max(),  # the largest distance of a ratio from 1
-        # The shares of ratios below and above the clip range. In the first update all ratios are 1,
-        # so with two updates no share gets above one half.
+        # The shares of ratios below and above the clip range. In the first update all ratios are 1
+        # up to rounding, so with two updates no share gets above one half.
         "clip_low": too_low.float().mean(),
         "clip_high": too_high.float().mean(),
         "grad_norm": np.mean(norms),
@@ -426,8 +428,8 @@ def losses(policy, config, drawn, advantages, batch):
 def check_ratio(ratio, clip_range, is_first):
     """Stop if a ratio is not finite, or not 1 although the policy is still the one that sampled.
 
-    Rounding in the network moves a ratio a little. We allow half of the clip range, limited to
-    between 1e-5 and 1e-4.
+    Rounding in the network moves a ratio a little. We allow half of the clip range, but at least
+    1e-5 and at most 1e-4.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -471,7 +473,8 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
     drawn = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
                     my_part(fresh_seeds))
 
-    # The scores of all processes: an array for each reward, and their weighted sum as "reward".
+    # The scores of all processes: an array "reward/NAME" for each reward, and their weighted sum as
+    # the array "reward".
     scores = rewards.score(train_rewards, drawn.images, repeat_each(rows, size))
 
     group_scores = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
@@ -495,7 +498,7 @@ def repeat_each(items, n):
 
 
 def my_part(items):
-    """The part of a list or tensor that is for this process. All parts are the whole, in order."""
+    """The part of a list or tensor that is for this process. Joined in order, the parts are all."""
     n = WORLD.num_processes
     rank = WORLD.process_index
     start = len(items) * rank // n
@@ -508,10 +511,10 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
 
     eval_rewards are {name: (function, weight)}.
 
-    Why can we train with the SDE and sample with the ODE? Both follow the same v, so what moves the
-    mean of an SDE step moves the step of the ODE as well. In early steps the two also meet nearly
-    the same x. A short window trains v at a few times only, but one LoRA serves all times, so v
-    changes at the others, too. Whether this helps, only the evaluation shows.
+    Why can we train with the SDE and sample with the ODE? Both use the same v, and a change of v
+    moves the mean of an SDE step and the step of the ODE in the same direction. In early steps x
+    also has nearly the same distribution in both. A short window trains v at a few times only, but
+    one LoRA serves all times, so v changes at the others, too.
 
     We evaluate a moving average of the LoRA's weights, which is less noisy than the weights after
     any one update. The seeds are always the same, so that runs can be compared.
@@ -529,12 +532,12 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
     scores = rewards.score(eval_rewards, drawn.images, repeat_each(rows, n))  # of all processes
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
-    first_reward = list(eval_rewards)[0]
+    first_reward = list(eval_rewards)[0]  # the first of --reward
     if first_reward in rewards.HAVE_A_RIGHT_ANSWER:  # OCR and GenEval
         right = scores[f"reward/{first_reward}"] == 1
         metrics["eval_accuracy"] = right.mean()
         metrics |= accuracy_by_tag(right, repeat_each(test_set, n))
-    # Only the first image of each prompt is kept.
+    # Only the first image of each prompt is kept. save_images gathers those of all processes.
     first_images = drawn.images[::n]
     first_scores = scores["reward"][::n]
     save_images(first_images, test_set, first_scores, folder)
@@ -583,7 +586,7 @@ def train(config):
         metrics = {"epoch": epoch}
         if epoch > 0:
             # Late in a run, nearly all groups may have equal scores. Then only the KL penalty has a
-            # gradient, which pulls towards the base model. A falling rate limits how far.
+            # gradient, and it pulls back to the base model. A falling learning rate weakens that.
             learning_rate = config.learning_rate
             if config.lr_decay:
                 learning_rate *= 1 - (epoch - 1) / config.epochs
