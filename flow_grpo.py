@@ -1322,10 +1322,11 @@ def draw_film(folder):
     places = np.linspace(0, len(folders) - 1, frames).round().astype(int)
     sheets = []
     for place in places:
-        images, _ = read_images(folders[place])
-        rows = math.ceil(len(images) / 4)
-        sheet = Image.new("RGB", (4 * size, rows * size + 24), "white")
-        title = f"epoch {int(folders[place].name)}"
+        images, rows = read_images(folders[place])
+        mean_score = np.mean([row["score"] for row in rows])
+        title = f"epoch {int(folders[place].name)}: mean score {mean_score:.2f}"
+        height = math.ceil(len(images) / 4) * size + 24
+        sheet = Image.new("RGB", (4 * size, height), "white")
         ImageDraw.Draw(sheet).text((6, 2), title, "black", font_size=18)
         for number, image in enumerate(images):
             row, column = divmod(number, 4)
