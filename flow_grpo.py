@@ -32,7 +32,7 @@ tuned for it.
 
 Chapters 1 to 4 are the method. The rest is what it takes to run it: chapter 5 drives the diffusers
 models, 6 has the options, 7 the files and pictures. The default model is a toy, an SD3 pipeline of
-5 MB (toy/).
+5 MB (toy/). Its options are not the paper's: one random step, and one first noise for a group.
 
   python flow_grpo.py --reward ocr                     # teach the toy to write: 2 minutes on a CPU
   python flow_grpo.py --reward my_rewards.py:judge     # your own reward, see `redness` and README
@@ -106,10 +106,10 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 # things that the ODE's step does not. By the Fokker-Planck equation, their effects on p cancel:
 #
 #   1. It adds fresh noise. This blurs p: it changes by std^2 / 2 * laplacian(p).
-#   2. It keeps less of noise_guess, which moves x by -std^2 / (2t) * noise_guess. Because
-#      noise_guess is -t * grad(log p) (equation 27 of the paper), that is std^2 / 2 * grad(log p),
-#      a move to where x is more likely. A move m changes p by -div(p * m), and p * grad(log p) is
-#      grad(p). So this sharpens p: it changes by -std^2 / 2 * laplacian(p).
+#   2. It keeps less of noise_guess, which moves x by -std^2 / (2t) * noise_guess. This sharpens p.
+#      Because noise_guess is -t * grad(log p) (equation 27 of the paper), the move is
+#      m = std^2 / 2 * grad(log p), to where x is more likely. A move m changes p by -div(p * m).
+#      Here p * m is std^2 / 2 * grad(p), so p changes by -std^2 / 2 * laplacian(p).
 #
 # Appendix A of the paper has the proof. In practice the distribution is only roughly the same, for
 # three reasons:
@@ -121,11 +121,12 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #   - Ten steps are not small, and x ends up with more noise than belongs there. `choose_window` has
 #     the worst example.
 #
-# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2, the amount of noise that belongs
-# at s, and so leaves no visible noise in the training images. But its std does not shrink with the
-# step. So even with small steps x is not distributed as with the ODE: it varies too little, and the
-# images lose variety, though very little by steps near t = 1. The paper's results are with the flow
-# SDE, which is our default.
+# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. If noise_guess were the true
+# noise, this would be exactly the noise that belongs at s, so the training images show none. But
+# noise_guess is only an estimate, and the std of CPS does not shrink with the step. So an error
+# remains even with small steps: x varies too little, and the images lose variety. Near t = 1, where
+# noise_guess is nearly the true noise, hardly any variety is lost. The paper's results are with the
+# flow SDE, which is our default. The presets for small GPUs use CPS, in early steps.
 
 
 class Step(NamedTuple):
@@ -180,8 +181,8 @@ def gaussian_log_prob(x_next, mean, std):
     dimensions instead, and so do we. `clipped_loss` says what this means for the ratio.
 
     PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it, so
-    that log_prob is a log density. In late steps of CPS the factor is very large, and these steps
-    would dominate the gradient, so use an early window with CPS.
+    that log_prob is the mean log density for both samplers. In late steps of CPS the factor is very
+    large, and these steps would dominate the gradient, so use an early window with CPS.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -274,8 +275,8 @@ def choose_window(config, rng):
     `window` is 0, they are all steps but the last.
 
     PAPER/CODE: In the paper all steps are random and trained. In the code all are random, but the
-    last one is not trained. We take the last one with the ODE, also for the flow SDE, because with
-    CPS it has no noise.
+    last one is not trained. We take the last one with the ODE. (With CPS we must, because its std
+    is 0 there. With the flow SDE we do the same.)
 
     With the flow SDE and `window` 0 the training images are visibly noisy, because of the last step
     but one. At T = 10 and a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds
@@ -352,8 +353,8 @@ def update(policy, config, drawn, advantages):
 
     Several small updates usually get further than a large one. So the images of an epoch are split,
     and each update gets a part of every group. From the second update on, the images come from a
-    slightly older policy. Our ratio cannot correct for that (see `clipped_loss`), so we use no
-    image twice, like the official code.
+    slightly older policy. Our ratio cannot correct for that (see `clipped_loss`), so we keep it
+    small: no image is used twice, as in the official code.
 
     PAPER/CODE: The code shuffles the images of the epoch first. We do not, because the images of a
     group come in no particular order.
@@ -445,7 +446,7 @@ def redness(images, prompts, metadata):
     """A toy reward: how much more red than green or blue (--reward flow_grpo.py:redness)
 
     It gets PIL images, their prompts, and their rows of the dataset, and returns a number for each
-    image.
+    image. It need not be differentiable.
     """
     means = [np.asarray(image).mean((0, 1)) / 255 for image in images]
     return [r - max(g, b) for r, g, b in means]
@@ -622,8 +623,8 @@ class Policy:
       time_grid     only if its own pipeline gives set_timesteps other arguments, such as mu
       decode        only if its VAE scales the latents in another way
 
-    Your class is right if a rollout with an empty window gives the image of the family's own
-    pipeline with the same scheduler. The tests check this for all in their list FAMILIES.
+    To test your class, sample with an empty window. The images must be those of the family's own
+    pipeline, with the same scheduler and noise. The tests do this for all in their list FAMILIES.
     """
 
     lora_layers = [  # as in the official code: the attention of image tokens and of text tokens
@@ -783,7 +784,10 @@ class Policy:
         return norm.item()
 
     def lora(self):
-        """The averaged LoRA as diffusers and other programs read it"""
+        """The averaged LoRA as diffusers and other programs read it
+
+        It was trained for --guidance, so sample with the same.
+        """
         with self.averaged():
             state = peft.get_peft_model_state_dict(self.network)
             layers = {}
@@ -828,11 +832,11 @@ class FluxPolicy(Policy):
 
     def forward(self, x, t, embeds, pooled):
         packed = torch.pixel_unshuffle(x, 2)  # [B, 4C, H/2, W/2]
-        B, _, H, W = packed.shape
+        B, _, rows, columns = packed.shape
         guidance = None
         if self.network.config.guidance_embeds:  # FLUX.1-schnell has none
             guidance = t.new_full([B], self.config.guidance)
-        tokens = packed.flatten(2).mT  # [B, H/2 * W/2, 4C]
+        tokens = packed.flatten(2).mT  # [B, rows * columns, 4C]
         v = self.network(
             hidden_states=tokens,
             timestep=t,  # FLUX multiplies it by 1000 itself
@@ -840,9 +844,9 @@ class FluxPolicy(Policy):
             encoder_hidden_states=embeds,
             pooled_projections=pooled,
             txt_ids=x.new_zeros(embeds.shape[1], 3),
-            img_ids=self.pipe._prepare_latent_image_ids(B, H, W, x.device, x.dtype),
+            img_ids=self.pipe._prepare_latent_image_ids(B, rows, columns, x.device, x.dtype),
         ).sample
-        v = v.mT.unflatten(2, (H, W))  # [B, 4C, H/2, W/2]
+        v = v.mT.unflatten(2, (rows, columns))  # [B, 4C, H/2, W/2]
         return torch.pixel_shuffle(v, 2)
 
     def encode_batch(self, prompts):
@@ -853,23 +857,20 @@ class FluxPolicy(Policy):
 
     def time_grid(self, T):
         tokens = (self.latent_shape[1] // 2) ** 2  # with more of them, more times lie near t = 1
-        scheduler = self.pipe.scheduler.config
+        config = self.pipe.scheduler.config
         mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(
-            tokens, scheduler.base_image_seq_len, scheduler.max_image_seq_len,
-            scheduler.base_shift, scheduler.max_shift)
+            tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift,
+            config.max_shift)
         return super().time_grid(T, sigmas=np.linspace(1, 1 / T, T), mu=mu)
 
 
 class SanaPolicy(Policy):
-    """SANA has one text encoder, whose mask it needs, and puts an instruction before the prompt.
-
-    This is the example to start from for another model.
-    """
+    """SANA has one text encoder, whose mask it needs, and puts an instruction before the prompt."""
 
     lora_layers = ["to_q", "to_k", "to_v", "to_out.0"]  # of attn1, and of attn2 for the text
 
     def __init__(self, pipe, config):
-        # Its own DPM-Solver looks back at earlier steps. A policy must depend on x alone.
+        # Its own DPM-Solver looks back at earlier steps. A policy may see only the current x.
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
         super().__init__(pipe, config)
 
@@ -1002,8 +1003,9 @@ class Config:
     lora_rank: int = 32  # alpha is twice the rank
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0 is off
     ema_every: int = 1  # updates between averagings
-    # Images in one pass of the network, a matter of memory and speed. In bf16 rounding depends on
-    # the size of a batch, so all must be full: the images of a process in an update are a multiple
+    # Images in one pass of the network, a matter of memory and speed. In bf16 it must divide the
+    # number of images that a process uses in an update, because rounding depends on the size of a
+    # batch, and must be the same in sampling and in the update
     batch_size: int = 64
     eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
     eval_per_prompt: int = 2  # images of each of them
@@ -1269,7 +1271,7 @@ def save_images(images, rows, scores, folder):
 
     images are those of this process, rows and scores are those of all.
     """
-    images = gather_object(images[:12])  # of all processes, in order
+    images = gather_object(images[:12])  # at most 12 of each process, in order
     images = images[:12]
     if not WORLD.is_main_process:
         return
@@ -1352,9 +1354,10 @@ def draw_curve(folder, history):
     for plot, (title, train_key, eval_key) in zip(plots, panels):
         for key, label in ((train_key, "training"), (eval_key, "evaluation")):
             rows = [row for row in history if key in row]
+            epochs = [row["epoch"] for row in rows]
+            values = [row[key] for row in rows]
             if rows:
-                plot.plot([row["epoch"] for row in rows], [row[key] for row in rows], ".-",
-                          label=label)
+                plot.plot(epochs, values, ".-", label=label)
         plot.set_title(title)
         plot.set_xlabel("epoch")
         if plot.get_lines():

@@ -1481,8 +1481,8 @@ def test_a_bug_in_a_users_file_is_shown_as_python_shows_it(desk):
     Path("unfinished.py").write_text("import no_such_module")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         rewards.load("unfinished.py:f", "--reward")
-    with pytest.raises(FileNotFoundError, match="my own bug"):
-        run(*TINY, "--reward", "custom.py:broken")
+    with pytest.raises(FileNotFoundError, match="my own bug"):  # before a model is loaded
+        run(*TINY, "--reward", "custom.py:broken", "--model", "nowhere")
 
 
 def prompts_of(folder, split="train"):
