@@ -27,8 +27,8 @@ Notation
   D       C * H * W, the number of dimensions of a latent
 
 PAPER/CODE marks where the paper, the official code (github.com/yifan123/flow_grpo) and this file
-differ. We mostly follow the code, because the published learning rate, clip range and beta were
-tuned for it.
+differ. We mostly follow the code, because the published learning rate, clip range and beta belong
+to it.
 
 Chapters 1 to 4 are the method. The rest is what it takes to run it: chapter 5 drives the diffusers
 models, 6 has the options, 7 the files and pictures. The default model is a toy, an SD3 pipeline of
@@ -77,7 +77,8 @@ import rewards  # the prompts and the rewards
 
 # `accelerate launch` starts this script once for each GPU, plain `python` starts it once.
 WORLD = PartialState(cpu=not torch.accelerator.is_available())
-# With torch 2.11 on an H200, cuDNN's attention gave FLUX gradients that were not finite.
+# With torch 2.11 on an H200, cuDNN's attention gave a FLUX with random weights gradients that were
+# not finite.
 torch.backends.cuda.enable_cudnn_sdp(False)
 for library in (diffusers, transformers):  # no warnings, no progress bars
     library.utils.logging.set_verbosity_error()
@@ -114,7 +115,8 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 # Appendix A of the paper has the proof. In practice the distribution is only roughly the same, for
 # three reasons:
 #
-#   - With guidance, or after training towards a reward, v is no longer that average.
+#   - The v of a network is only roughly that average. With guidance, or after training towards a
+#     reward, it is another.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
 #     The std of this first step is then a, however small the step is, and x is a little too noisy
 #     after it.
@@ -122,11 +124,12 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #     the worst example.
 #
 # CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. If noise_guess were the true
-# noise, this would be exactly the noise that belongs at s, so the training images show none. But
-# noise_guess is only an estimate, and the std of CPS does not shrink with the step. So an error
-# remains even with small steps: x varies too little, and the images lose variety. Near t = 1, where
-# noise_guess is nearly the true noise, hardly any variety is lost. The paper's results are with the
-# flow SDE, which is our default. The presets for small GPUs use CPS, in early steps.
+# noise, this would be exactly the noise that belongs at s. It is an estimate, which varies less. So
+# there is never too much noise, and the training images show none. But because the std of CPS does
+# not shrink with the step, an error remains even with small steps: x varies too little, and the
+# images lose variety. Near t = 1, where noise_guess is nearly the true noise, hardly any is lost.
+# The paper's results are with the flow SDE, which is our default. The presets for small GPUs use
+# CPS, in early steps.
 
 
 class Step(NamedTuple):
@@ -213,8 +216,8 @@ def group_advantages(scores, std_over="epoch"):
     the same prompt and come from the same policy, so their mean is what to expect.
 
     PAPER/CODE: The paper divides by the std of the group. The code divides by the std of all images
-    of the epoch, so that a group of nearly equal rewards is not blown up. The 1e-4 and the clamp
-    are from the code.
+    of the epoch, which does not blow up a group of nearly equal rewards. The 1e-4 and the clamp are
+    from the code.
     """
     # Scores are float32. In float64 the sum of equal ones is exact, so they get exactly 0.
     scores = scores.double()
@@ -278,14 +281,14 @@ def choose_window(config, rng):
     last one is not trained. We take the last one with the ODE. (With CPS we must, because its std
     is 0 there. With the flow SDE we do the same.)
 
-    With the flow SDE and `window` 0 the training images are visibly noisy, because of the last step
-    but one. At T = 10 and a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds
+    With the flow SDE and `window` 0, images of ten steps are visibly noisy, because of the last
+    step but one. At a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds
     noise of std 0.225, although x should contain only 0.009, and the last step is too short to
     remove it. But all images of a group are equally noisy, so many rewards can still compare them.
 
     A window of a few early steps leaves no such noise, and makes the update cheaper. The authors
-    found later (Flow-GRPO-Fast) that it is enough, because the early steps decide what an image
-    shows.
+    found later (Flow-GRPO-Fast, with PickScore) that two random steps are enough. Early steps are
+    good ones, because they decide most of what an image shows.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -986,8 +989,8 @@ class Config:
     sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS (see chapter 1)
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
-    # One first noise for a group, whose images then differ only by their SDE steps. The paper found
-    # that this explores less. For the toy's words it makes no difference
+    # One first noise for a group, whose images then differ only by their SDE steps. In the paper
+    # different noises got higher rewards. For the toy's words it makes no clear difference
     same_noise: bool = True
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch
@@ -1011,11 +1014,13 @@ class Config:
     eval_per_prompt: int = 2  # images of each of them
 
 
-# From section 5.1 of the paper. Guidance, learning rate, clip range and EMA are from the code. The
-# beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.
+# Steps, group size, noise level, resolution, beta and LoRA are from appendix B.3 of the paper. (The
+# beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.) The rest is from the code, but the
+# numbers of epochs and of images in a batch are ours.
 # PAPER/CODE: The code trains in fp16. We use bf16, which needs no scaling of the loss.
-# PAPER/CODE: In every 8th update the code calls its averaging twice in a row, with a decay of 0.9.
-# We do it once, with 0.9^2 = 0.81, which is the same once the decay has grown to 0.9.
+# PAPER/CODE: In every 8th update the code, as configured for 32 GPUs, calls its averaging twice in
+# a row, with a decay of 0.9. We do it once, with 0.9^2 = 0.81, which is the same once the decay has
+# grown to 0.9.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
@@ -1023,9 +1028,10 @@ PAPER = dict(
     learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04, std_over="epoch", lora_rank=32,
     ema_decay=0.81, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
 
-# For one GPU of 24 GB, from issue 159 and pull request 178 of verl-omni (github.com/verl-project/
-# verl-omni), with the adam_eps of pull request 407 of UniRL. The authors' Flow-GRPO-Fast has other
-# numbers.
+# Meant for one GPU of 24 GB. The numbers are those of verl-omni's script for SD3.5 and OCR (issue
+# 159 and pull request 178 of github.com/verl-project/verl-omni), which runs on three GPUs. The
+# adam_eps is that of pull request 407 of UniRL, and the moving average is ours. The authors'
+# Flow-GRPO-Fast has other numbers.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
@@ -1306,7 +1312,7 @@ def draw_before_after(folder):
         titles.append(textwrap.fill(title, 44))
     longest = max(title.count("\n") + 1 for title in titles)  # in lines
     lines = math.ceil(len(titles) / 3)
-    figure = Figure(figsize=(8.8, lines * (1.5 + 0.15 * longest)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8.8, lines * (1.5 + 0.15 * longest)), layout="constrained")
     for number, (before, after) in enumerate(zip(images_before, images_after)):
         gap = Image.new("RGB", (before.width // 24, before.height), "white")
         plot = figure.add_subplot(lines, 3, number + 1)
@@ -1349,7 +1355,7 @@ def draw_curve(folder, history):
     if "eval_accuracy" in history[0]:
         panels.append(("share of right images", None, "eval_accuracy"))
     panels.append(("KL penalty", "kl", None))
-    figure = Figure(figsize=(3.2 * len(panels), 3), dpi=100, layout="constrained")
+    figure = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
     plots = figure.subplots(1, len(panels))
     for plot, (title, train_key, eval_key) in zip(plots, panels):
         for key, label in ((train_key, "training"), (eval_key, "evaluation")):

@@ -402,7 +402,7 @@ REWARDS = {
     "diversity": diversity,
 }
 # For these a score of 1 means that the image is entirely right, so an accuracy is measured. Ours is
-# stricter than GenEval's, which accepts extra objects in all tasks but counting.
+# stricter than GenEval's, which accepts more of an object than asked for in all tasks but counting.
 HAVE_A_RIGHT_ANSWER = ("ocr", "geneval", "geneval_photo")
 
 

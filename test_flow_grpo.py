@@ -1679,7 +1679,7 @@ def read_metrics(folder):
 
 
 @pytest.mark.parametrize("reward", ["ocr", "flow_grpo.py:redness"])
-def test_short_runs_give_the_recorded_numbers(desk, reward):
+def test_short_runs_give_the_recorded_numbers(desk, capsys, reward):
     options = "--groups 2 --group_size 4 --window 2 --latest_start 3 --learning_rate 1.5e-3"
     short_run = GOLDEN["short_runs"][reward]
     run(*options.split(), *short_run["options"].split(), "--reward", reward, "--dataset",
@@ -1688,6 +1688,7 @@ def test_short_runs_give_the_recorded_numbers(desk, reward):
         for key, value in expected.items():
             absolute = 1e-5 if "reward" in key else 0  # a pixel may be rounded the other way
             assert own[key] == pytest.approx(value, rel=1e-3, abs=absolute), key
+    assert "eval_reward/" not in capsys.readouterr().out  # a single reward is printed once
 
 
 WHOLE = [*TINY, "--reward", "custom.py:ink:2", "--eval_reward", "custom.py:three,custom.py:ink:3",
