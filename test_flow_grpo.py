@@ -1607,8 +1607,12 @@ def test_in_bf16_all_batches_must_have_the_same_size():
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(desk, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != ".")
     assert "cannot be written" in exits(flow_grpo.check_machine, small())
+    Path("runs").mkdir()
+    flow_grpo.check_machine(small())
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "runs")
+    assert "runs cannot be written" in exits(flow_grpo.check_machine, small())
 
 
 VALUES = {
@@ -1719,6 +1723,8 @@ def test_a_run_writes_what_the_readme_says(whole_run):
     assert files == expected
     saved = torch.load(folder / "checkpoint.pt")
     assert json.loads((folder / "config.json").read_text()) == saved["options"]
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        assert 0 < json.loads(line)["seconds"] < 60
 
 
 def test_a_run_trains_on_its_reward_and_measures_the_others(whole_run):
@@ -1817,6 +1823,7 @@ def test_the_film_has_at_most_12_frames_from_the_first_to_the_last(evaluated):
     flow_grpo.draw_film(evaluated)
     film = Image.open(evaluated / "film.gif")
     assert film.n_frames == 12
+    assert film.size == (4 * 160, 160 + 24)  # a row of up to 4 images, and the title
     for frame, level in ((0, 40), (11, 240)):
         film.seek(frame)
         assert film.convert("RGB").getpixel((100, 100))[0] == pytest.approx(level, abs=8)
