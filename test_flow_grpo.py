@@ -14,7 +14,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -28,7 +27,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate import PartialState, debug_launcher
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 import flow_grpo
@@ -76,13 +76,8 @@ V = torch.tensor(OFFICIAL["v"]).view(2, 2, 2, 2)
 V_REF = torch.tensor(OFFICIAL["v_ref"]).view(2, 2, 2, 2)
 NOISE = torch.tensor(OFFICIAL["noise"]).view(2, 2, 2, 2)
 
-@pytest.mark.parametrize("sde, noise_level, i", [
-    ("flow", 0.7, 0),  # t = 1, where sigma needs the second time
-    ("flow", 0.7, 4),
-    ("flow", 0.7, 8),
-    ("cps", 0.8, 0),
-    ("cps", 0.8, 4),
-    ("cps", 0.8, 8)])
+@pytest.mark.parametrize("i", [0, 4, 8])  # at 0 t is 1, and sigma needs the second time
+@pytest.mark.parametrize("sde, noise_level", [("flow", 0.7), ("cps", 0.8)])
 def test_a_step_gives_the_official_numbers(sde, noise_level, i):
     expected = OFFICIAL[sde][str(i)]
     step = make_step(torch.tensor(OFFICIAL["times"]), i, noise_level, sde)
@@ -98,7 +93,6 @@ def test_a_step_gives_the_official_numbers(sde, noise_level, i):
     kl = flow_grpo.kl_penalty(mean, sde_mean(X, V_REF, step), step.kl_scale)
     assert kl.shape == (2,)
     close(kl.mean() / expected["kl"], 1.0, 1e-3)
-    assert torch.equal(gaussian_log_prob(x_next, mean, step.std), log_prob)  # bit for bit
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7])
@@ -267,8 +261,7 @@ def draw_by_hand(policy, image, window):
     return torch.stack(latents), torch.stack(log_probs), decoded
 
 
-@pytest.mark.parametrize("sde, noise_level, guidance", [
-    ("flow", 0.7, 2.0), ("flow", 0.3, 1.0), ("cps", 0.7, 1.0)])
+@pytest.mark.parametrize("sde, noise_level, guidance", [("flow", 0.3, 2.0), ("cps", 0.7, 1.0)])
 def test_a_rollout_is_the_ode_with_sde_steps_in_its_window(sde, noise_level, guidance):
     """An image does not depend on the others in its pass. Here there are three passes."""
     options = dict(sde=sde, noise_level=noise_level, guidance=guidance, batch_size=3)
@@ -282,14 +275,12 @@ def test_a_rollout_is_the_ode_with_sde_steps_in_its_window(sde, noise_level, gui
         assert difference(drawn.images[number], image) <= 1
 
 
-@pytest.mark.parametrize("steps, window", [(4, 1), (5, 2), (10, 8)])
-def test_the_window_begins_at_any_step_up_to_latest_start(steps, window):
+def test_the_window_begins_at_any_step_up_to_latest_start():
     """With a window of 0 it has all steps but the last."""
-    latest = steps - 1 - window
-    config = small(train_steps=steps, window=window, latest_start=latest)
-    windows = {flow_grpo.choose_window(config, random.Random(seed)) for seed in range(200)}
-    assert windows == {range(start, start + window) for start in range(latest + 1)}
-    assert flow_grpo.choose_window(replace(config, window=0), None) == range(steps - 1)
+    config = small(train_steps=6, window=3, latest_start=2)
+    windows = {flow_grpo.choose_window(config, random.Random(seed)) for seed in range(50)}
+    assert windows == {range(0, 3), range(1, 4), range(2, 5)}
+    assert flow_grpo.choose_window(replace(config, window=0), None) == range(5)
 
 
 # --------------------------------------------------------------------------------------- 3. update
@@ -304,24 +295,15 @@ def learn(policy, drawn, advantages=torch.linspace(-1, 1, 8)):
     return flow_grpo.update(policy, policy.config, drawn, advantages)
 
 
-@pytest.mark.parametrize("guidance, precision", [(1.0, "fp32"), (2.0, "fp32"), (2.0, "bf16")])
-def test_the_first_ratio_is_1(guidance, precision):
-    policy = load_policy(small(updates=1, guidance=guidance, precision=precision, train_steps=3))
-    perturb(policy)
+def test_in_bf16_the_first_ratio_is_1():
+    """In float32 every run of these tests would stop if it were not."""
+    policy = perturb(load_policy(small(updates=1, guidance=2.0, precision="bf16", train_steps=3)))
     metrics = learn(policy, draw(policy, range(1, 2)))
     assert metrics["ratio_deviation"] < 1e-5
 
 
-def test_the_base_model_has_a_kl_of_0():
-    policy = small_policy(updates=1, train_steps=3)
-    assert learn(policy, draw(policy, range(1, 2)))["kl"] == 0
-    perturb(policy)
-    assert learn(policy, draw(policy, range(1, 2)))["kl"] > 0
-
-
 @pytest.mark.parametrize("image, off, says, updated", [
     (5, 0.1, "off by 0.095", False),  # exp(-0.1) is 0.905
-    (5, torch.nan, "not finite", False),
     (7, torch.nan, "not finite", True)])  # image 7 is in the second update
 def test_a_wrong_ratio_stops_the_run_whichever_image_has_it(image, off, says, updated):
     policy = small_policy(batch_size=3)
@@ -369,7 +351,7 @@ def equation_5(policy, drawn, advantages, images):
     return take_gradient(policy)
 
 
-@pytest.mark.parametrize("sde, noise_level", [("flow", 0.7), ("flow", 0.4), ("cps", 0.7)])
+@pytest.mark.parametrize("sde, noise_level", [("flow", 0.4), ("cps", 0.7)])
 def test_an_update_is_the_gradient_of_equation_5(monkeypatch, sde, noise_level):
     """The first update has the first half of each group. Passes of 3 do not divide its 8 pairs."""
     options = dict(beta=0.3, sde=sde, noise_level=noise_level, batch_size=3)
@@ -386,6 +368,7 @@ def test_an_update_is_the_gradient_of_equation_5(monkeypatch, sde, noise_level):
     for own, expected in zip(got, (first, second)):
         assert 0 < expected.norm() < 1  # so it was not clipped
         close(own / expected.norm(), expected / expected.norm(), 1e-4)
+    assert metrics["ratio_deviation"] < 1e-5
     mean_norm = (first.norm() + second.norm()).item() / 2
     assert metrics["grad_norm"] == pytest.approx(mean_norm, rel=1e-3)
 
@@ -417,16 +400,6 @@ def test_the_metrics_of_an_update_are_of_the_whole_epoch(monkeypatch):
     metrics = {key: float(value) for key, value in metrics.items()}
     assert metrics == pytest.approx(dict(
         kl=0.575, ratio_deviation=0.2, clip_low=1 / 16, clip_high=2 / 16, grad_norm=0.5), rel=1e-4)
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run():
-    policy = small_policy()
-    before = weights(policy)
-    advantages = torch.zeros(8)
-    advantages[5] = torch.nan
-    says = exits(learn, policy, draw(policy), advantages)
-    assert "gradient is not finite: lower --learning_rate" in says
-    assert torch.equal(weights(policy), before)
 
 
 def test_a_velocity_or_pixel_that_is_not_finite_names_the_culprit():
@@ -519,9 +492,8 @@ TWO_REWARDS = {"bright": (bright, 2.0), "half": (half, 0.5)}
 TOTAL = np.array([0, 2, 0, 2, *[0.4] * 8]) + 0.25  # for the 12 images below
 
 
-@pytest.fixture
-def scored_epoch(monkeypatch):
-    """A function: an epoch of three groups, in which only the first has different images
+def scored_epoch(monkeypatch, reward, **options):
+    """An epoch of three groups, in which only the first has different images
 
     -> its metrics, and the advantages that the update gets
     """
@@ -529,18 +501,15 @@ def scored_epoch(monkeypatch):
     update = Mock(return_value={"kl": 0.25})
     monkeypatch.setattr(flow_grpo, "rollout", lambda *args: drawn)
     monkeypatch.setattr(flow_grpo, "update", update)
-
-    def run_epoch(reward, **options):
-        train_set = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
-        metrics = flow_grpo.train_epoch(None, small(groups=3, **options), reward, train_set, 1)
-        _, _, its_drawn, advantages = update.call_args.args
-        assert its_drawn is drawn
-        return {key: float(value) for key, value in metrics.items()}, advantages
-    return run_epoch
+    train_set = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+    metrics = flow_grpo.train_epoch(None, small(groups=3, **options), reward, train_set, 1)
+    _, _, its_drawn, advantages = update.call_args.args
+    assert its_drawn is drawn
+    return {key: float(value) for key, value in metrics.items()}, advantages
 
 
-def test_the_metrics_of_an_epoch(scored_epoch):
-    metrics, _ = scored_epoch(TWO_REWARDS)
+def test_the_metrics_of_an_epoch(monkeypatch):
+    metrics, _ = scored_epoch(monkeypatch, TWO_REWARDS)
     assert metrics == pytest.approx({
         "reward/bright": 0.3,
         "reward/half": 0.5,
@@ -551,13 +520,14 @@ def test_the_metrics_of_an_epoch(scored_epoch):
 
 
 @pytest.mark.parametrize("std_over, std", [("epoch", TOTAL.std()), ("group", 1.0)])
-def test_an_epoch_compares_the_weighted_sums(scored_epoch, std_over, std):
-    _, advantages = scored_epoch(TWO_REWARDS, std_over=std_over)
+def test_an_epoch_compares_the_weighted_sums(monkeypatch, std_over, std):
+    _, advantages = scored_epoch(monkeypatch, TWO_REWARDS, std_over=std_over)
     close(advantages, np.array([-1, 1, -1, 1, *[0] * 8]) / std, 1e-3)
 
 
-def test_scores_too_large_for_an_advantage_stop_the_run(scored_epoch):
-    assert "advantage" in exits(scored_epoch, {"bright": (bright, 1e300)}, std_over="group")
+def test_scores_too_large_for_an_advantage_stop_the_run(monkeypatch):
+    huge = {"bright": (bright, 1e300)}
+    assert "advantage" in exits(scored_epoch, monkeypatch, huge, std_over="group")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
@@ -575,53 +545,45 @@ TAGGED = [
     {"prompt": "d"}]
 
 
-@pytest.fixture
-def evaluate(monkeypatch, tmp_path):
-    """A function: an evaluation whose images have these gray levels
+def evaluate(monkeypatch, tmp_path, config, reward, levels):
+    """An evaluation whose images have these gray levels
 
     -> its metrics, and the prompts, seeds, T and window that it asks for
     """
-    def evaluate_levels(config, reward, levels):
-        rollout = Mock(return_value=SimpleNamespace(images=gray(*levels)))
-        monkeypatch.setattr(flow_grpo, "rollout", rollout)
-        policy = MagicMock()  # the network is not asked
-        metrics = flow_grpo.evaluate(policy, config, reward, TAGGED, tmp_path / "0012")
-        return {key: float(value) for key, value in metrics.items()}, rollout.call_args.args[2:]
-    return evaluate_levels
+    rollout = Mock(return_value=SimpleNamespace(images=gray(*levels)))
+    monkeypatch.setattr(flow_grpo, "rollout", rollout)
+    policy = MagicMock()  # the network is not asked
+    metrics = flow_grpo.evaluate(policy, config, reward, TAGGED, tmp_path / "0012")
+    return {key: float(value) for key, value in metrics.items()}, rollout.call_args.args[2:]
 
 
-def test_every_evaluation_draws_the_same_prompts_from_the_same_seeds(evaluate):
+def test_every_evaluation_draws_the_same_prompts_from_the_same_seeds(monkeypatch, tmp_path):
     """Whatever --seed is. With eval_prompts 0 it draws all."""
     config = small(eval_prompts=3, eval_per_prompt=2, eval_steps=7, seed=5)
-    _, asked = evaluate(config, {"half": (half, 1)}, [9] * 6)
+    reward = {"half": (half, 1)}
+    _, asked = evaluate(monkeypatch, tmp_path, config, reward, [9] * 6)
     assert asked == (["a", "b", "c"], [0, 1, 2, 3, 4, 5], 7, range(0))
-    _, asked = evaluate(replace(config, eval_prompts=0), {"half": (half, 1)}, [9] * 8)
+    config.eval_prompts = 0
+    _, asked = evaluate(monkeypatch, tmp_path, config, reward, [9] * 8)
     assert asked[0] == ["a", "b", "c", "d"]
 
 
-def test_an_evaluation_uses_the_average_and_then_puts_the_weights_back(monkeypatch, tmp_path):
+def test_the_average_is_used_and_then_the_weights_are_put_back():
     policy = small_policy()
     before = weights(policy)
     policy.average += 1
-    used = []
-
-    def rollout(policy, *args):
-        used.append(weights(policy))
-        return SimpleNamespace(images=gray(9, 9))
-    monkeypatch.setattr(flow_grpo, "rollout", rollout)
-    config = small(eval_prompts=2, eval_per_prompt=1)
-    flow_grpo.evaluate(policy, config, {"half": (half, 1)}, TAGGED, tmp_path)
-    close(used[0], before + 1)
+    with policy.averaged():
+        close(weights(policy), before + 1)
     assert torch.equal(weights(policy), before)
 
 
-def test_the_metrics_and_pictures_of_an_evaluation(evaluate, monkeypatch, tmp_path):
+def test_the_metrics_and_pictures_of_an_evaluation(monkeypatch, tmp_path):
     """An image is right if the first reward is 1. The first image of each prompt is kept."""
     monkeypatch.setattr(rewards, "HAVE_A_RIGHT_ANSWER", ("bright",))
     config = small(eval_prompts=3, eval_per_prompt=2)
     reward = {"bright": (bright, 0.5), "half": (half, 1.0)}
     levels = [255, 0, 254, 255, 51, 102]
-    metrics, _ = evaluate(config, reward, levels)
+    metrics, _ = evaluate(monkeypatch, tmp_path, config, reward, levels)
     mean = sum(levels) / 6 / 255
     assert metrics == pytest.approx({
         "eval_reward": 0.5 * mean + 0.5, "eval_reward/bright": mean, "eval_reward/half": 0.5,
@@ -631,25 +593,37 @@ def test_the_metrics_and_pictures_of_an_evaluation(evaluate, monkeypatch, tmp_pa
     assert [row["prompt"] for row in rows] == ["a", "b", "c"]
     assert [row["score"] for row in rows] == pytest.approx([1, 0.5 + 127 / 255, 0.6])
 
-    metrics, _ = evaluate(config, {"half": (half, 1.0), "bright": (bright, 0.5)}, levels)
+    reward = {"half": (half, 1.0), "bright": (bright, 0.5)}  # the first has no right answer
+    metrics, _ = evaluate(monkeypatch, tmp_path, config, reward, levels)
     assert set(metrics) == {"eval_reward", "eval_reward/half", "eval_reward/bright"}
 
 
 # ---------------------------------------------------------------------------------- 5. the network
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_lora_is_on_the_official_layers_and_in_float32(precision, dtype):
-    policy = load_policy(Config(precision=precision, gradient_checkpointing=True))
+def test_the_lora_is_in_float32_whatever_the_network_is(precision, dtype):
+    policy = load_policy(small(precision=precision, gradient_checkpointing=True))
     assert policy.network.is_gradient_checkpointing
     assert policy.network.dtype == dtype
     assert policy.pipe.vae.dtype == torch.float32
     lora = policy.network.peft_config["default"]
     assert (lora.r, lora.lora_alpha) == (32, 64)
-    trained = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
-    assert {p.dtype for p in trained.values()} == {torch.float32}
-    layers = {re.search(r"\.attn\.(.+)\.lora_", name).group(1) for name in trained}
-    assert layers == {
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
-    assert len(trained) == 2 * (4 * 8 - 1)  # the last of 4 blocks has no to_add_out
+    assert {p.dtype for p in policy.params} == {torch.float32}
+
+
+@pytest.mark.parametrize("name, layers", [
+    ("sd3", "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj "
+            "attn.add_v_proj attn.to_add_out"),
+    ("flux", "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj "
+             "attn.add_v_proj attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj "
+             "ff_context.net.2"),
+    ("sana", "attn1.to_q attn1.to_k attn1.to_v attn1.to_out.0 attn2.to_q attn2.to_k attn2.to_v "
+             "attn2.to_out.0")])
+def test_the_lora_is_on_the_official_layers(name, layers):
+    _, folder = family(name)
+    policy = load_policy(small(model=folder))
+    trained = [name for name, p in policy.network.named_parameters() if p.requires_grad]
+    got = {re.search(r"blocks\.\d+\.(.+)\.lora_", name).group(1) for name in trained}
+    assert got == set(layers.split())
 
 
 def test_the_lora_begins_as_the_seed_says():
@@ -739,6 +713,7 @@ def test_the_optimizer():
 
 
 def test_the_gradient_is_clipped_at_1_and_its_norm_before_that_is_returned(monkeypatch):
+    """If it is not finite, the run stops."""
     policy = small_policy()
     used = []
     monkeypatch.setattr(
@@ -747,19 +722,18 @@ def test_the_gradient_is_clipped_at_1_and_its_norm_before_that_is_returned(monke
     assert optimize(policy, 7.0) == pytest.approx(7.0, rel=1e-3)
     monkeypatch.setattr(flow_grpo, "reduce", lambda gradient, how: 2 * gradient)  # two processes
     assert optimize(policy, 0.9) == pytest.approx(1.8, rel=1e-3)
+    assert "gradient is not finite: lower --learning_rate" in exits(optimize, policy, torch.nan)
     close(torch.stack(used), [0.5, 1.0, 1.0], 1e-3)
 
 
-@pytest.mark.parametrize("options, updates_before, expected", [
-    (dict(ema_every=1), 0, [1 - 2 / 11]),  # the decay is (1 + n) / (10 + n), this update counted
-    (dict(ema_every=2), 0, [0, 2 * (1 - 3 / 12), 2 * (1 - 3 / 12)]),
-    (dict(ema_decay=0.9), 1000, [0.1]),
-    (dict(ema_decay=0.0, ema_every=3), 0, [1, 2])])  # off: the weights themselves
-def test_the_decay_of_the_average_grows_up_to_ema_decay(
-        monkeypatch, options, updates_before, expected):
+@pytest.mark.parametrize("options, expected", [
+    (dict(ema_every=1), [1 - 2 / 11]),  # the decay is (1 + n) / (10 + n), this update counted
+    (dict(ema_every=2), [0, 2 * (1 - 3 / 12), 2 * (1 - 3 / 12)]),
+    (dict(ema_decay=0.1), [1 - 0.1]),
+    (dict(ema_decay=0.0, ema_every=3), [1, 2])])  # off: the weights themselves
+def test_the_decay_of_the_average_grows_up_to_ema_decay(monkeypatch, options, expected):
     """How far it has come, when every update adds 1 to all weights"""
     policy = small_policy(**options)
-    policy.updates = updates_before
 
     def add_1():
         for p in policy.params:
@@ -798,15 +772,14 @@ def test_a_rollout_without_noise_is_the_stock_pipelines_image(name):
     """For another model, add it to FAMILIES and to toy/tiny.py. If this test and the next pass, the
     class is right, but for the choice of its lora_layers."""
     pipe, folder = family(name)
-    policy = load_policy(small(model=folder))
+    guidance = 1.0 if name == "toy" else 2.0  # without and with it
+    policy = load_policy(small(model=folder, guidance=guidance))
     embeds, _ = policy.encode(TEXTS)
     assert not torch.equal(*embeds), "the prompts are cut off: does an instruction fill 14 tokens?"
-    for guidance in (1.0, 2.0):
-        policy.config.guidance = guidance
-        for image, text, seed in zip(our_images(policy), TEXTS, (3, 4)):
-            expected = stock_image(pipe, text, seed, num_inference_steps=6, guidance_scale=guidance)
-            assert image.size == (32, 32)
-            assert difference(image, expected) <= 1
+    for image, text, seed in zip(our_images(policy), TEXTS, (3, 4)):
+        expected = stock_image(pipe, text, seed, num_inference_steps=6, guidance_scale=guidance)
+        assert image.size == (32, 32)
+        assert difference(image, expected) <= 1
     for _ in range(2):  # asked again, the times are not shifted again (diffusers PR 13962)
         close(policy.time_grid(6), pipe.scheduler.sigmas)
 
@@ -842,64 +815,39 @@ def test_a_mistake_in_the_class_of_a_family_would_be_seen(name):
         assert max(differences) >= 8, mistake
 
 
-@pytest.mark.parametrize("preset, real", GOLDEN["networks"].items())
-def test_the_lora_at_the_real_size(preset, real, monkeypatch):
-    """The real networks' own configurations, without their weights"""
-    policy_class = getattr(flow_grpo, real["policy"])
-    monkeypatch.setattr(flow_grpo.WORLD, "device", "meta")
-    monkeypatch.setattr(policy_class, "encode", Mock())
-    with torch.device("meta"):
-        network = getattr(diffusers, real["class"])(**real["config"])
-        pipe = Mock(transformer=network, components={}, vae_scale_factor=8)
-        policy = policy_class(pipe, Config(**flow_grpo.PRESETS[preset]))
-    assert len(policy.params) == real["lora_tensors"]
-    assert sum(p.numel() for p in policy.params) == real["lora_weights"]
-
-
-def change_scheduler(folder, kind="FlowMatchEulerDiscreteScheduler", **changes):
-    """Give the pipeline in a folder another scheduler"""
-    path = Path(folder, "scheduler/scheduler_config.json")
-    config = json.loads(path.read_text()) | changes | {"_class_name": kind}
-    path.write_text(json.dumps(config))
-    index = Path(folder, "model_index.json")
-    index.write_text(index.read_text().replace("FlowMatchEulerDiscreteScheduler", kind))
-
-
-@pytest.mark.parametrize("shift", [1.32, 1.43, 5.0])
-def test_times_that_begin_a_rounding_error_below_1_begin_at_1(tmp_path, shift):
-    folder = shutil.copytree(TINY_SD3, tmp_path / "model")
-    change_scheduler(folder, shift=shift)
-    times = load_policy(small(model=folder)).time_grid(10)  # it refuses other times
-    assert make_step(times, 0, 0.7).std.item() == pytest.approx(0.7, rel=1e-4)
-
-
-@pytest.mark.parametrize("kind", [
-    "FlowMatchHeunDiscreteScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler"])
-def test_a_scheduler_whose_times_do_not_fall_from_1_to_0_is_refused(tmp_path, kind):
-    folder = shutil.copytree(TINY_SD3, tmp_path / "model")
-    change_scheduler(folder, kind, use_flow_sigmas=True, prediction_type="flow_prediction")
-    assert kind in exits(load_policy, small(model=folder))
+@pytest.mark.parametrize("times, right", [
+    ([1 - 1e-7, 0.6, 0.2, 0], True),  # as some values of `shift` give them
+    ([0.999, 0.6, 0.2, 0], False),
+    ([1, 0.6, 0.6, 0], False),
+    ([1, 0.6, 0.2, 0.1], False),
+    ([1, 0.6, 0], False)])
+def test_the_times_must_fall_from_1_to_0(monkeypatch, times, right):
+    policy = small_policy()
+    monkeypatch.setattr(policy, "pipe", Mock(scheduler=Mock(sigmas=torch.tensor(times))))
+    if right:
+        assert policy.time_grid(3)[0] == 1
+    else:
+        assert "not fall from 1 to 0 in 3 steps" in exits(policy.time_grid, 3)
 
 
 def test_prompts_that_the_model_does_not_fully_see_are_named(capsys):
-    config = Config(max_sequence_length=11)
-    policy = load_policy(config)
-    good = {"prompt": 'a sign that says "CAT"'}
-    long = {"prompt": 'a sign that says "CATALOGUES"'}
-    unknown = {"prompt": "a photo of a bench"}
+    policy = small_policy(max_sequence_length=7)  # its T5 spells
+    config = policy.config
+    good = {"prompt": "a man"}
+    long = {"prompt": "a woman"}
+    unknown = {"prompt": "caf\u00e9"}
     flow_grpo.warn_about_prompts(policy, config, [good])
     assert capsys.readouterr().out == ""
     flow_grpo.warn_about_prompts(policy, config, [good, unknown, long])
     said = capsys.readouterr().out
-    assert "1 prompts are longer than --max_sequence_length 11" in said and "CATALOGUES" in said
-    assert "1 prompts have words that the model does not know, such as 'a photo of a bench'" in said
+    assert "1 prompts are longer than --max_sequence_length 7 " in said and "'a woman'" in said
+    assert "1 prompts have words that the model does not know, such as 'caf\u00e9'" in said
 
 
 @pytest.mark.parametrize("old, new", [
     (b"StableDiffusion3Pipeline", b"StableDiffusion3Img2ImgPipeline"),
     (b"proj_out.weight", b"proj_out.waits_"),  # a tensor that is missing
-    (b"shared.weight", b"shared")])  # a file that is too short
+    (b"FlowMatchEuler", b"FlowMatchHeun")])  # a scheduler with other times
 def test_a_damaged_model_is_one_line(tmp_path, old, new):
     folder = shutil.copytree(TINY_SD3, tmp_path / "model")
     for path in folder.rglob("*.*"):
@@ -932,19 +880,13 @@ def test_the_ocr_reward_reads_whole_words_in_several_lines():
     def sign(word):
         return world.paint_sign(word, random.Random(word))
 
-    def score(image, prompt):
-        value, = ocr([image], [prompt], None)
-        return value
-
     ocr = rewards.ocr()
-    for word in ("LION", "MAP", "FROG"):
-        assert score(sign(word), f'a sign that says "{word}"') == 1
-    assert score(sign("XKWQ").convert("CMYK"), '"XKWQ"') == 1
-    assert score(sign("CAT"), '"x y zCAT"') == 0.5
-    assert score(WHITE, '"CAT"') == 0
-    two_lines = np.vstack([np.asarray(sign("LION")), np.asarray(sign("FROG"))])
-    assert score(Image.fromarray(two_lines), '"lion FROG"') == 1
-    assert ocr([sign("MAP"), sign("LION")], ['"MAP"', '"MAP"'], None) == [1, 0]
+    lion = np.asarray(sign("LION"))
+    frog = np.asarray(sign("FROG"))
+    images = [sign("MAP"), sign("LION"), Image.fromarray(np.vstack([lion, frog])), sign("CAT"),
+              sign("XKWQ").convert("CMYK"), WHITE]
+    prompts = ['a sign that says "MAP"', '"MAP"', '"lion FROG"', '"x y zCAT"', '"XKWQ"', '"CAT"']
+    assert ocr(images, prompts, None) == [1, 0, 1, 0.5, 1, 0]
     assert "no quotes" in exits(ocr.check, ["no quotes"], None)
 
 
@@ -1034,30 +976,18 @@ def cross(position):
     ([wanted("wine glass")], "a wine glass; geneval_photo knows it"),
     ([wanted("circle", color="pink")], "pink circle"),
     ([wanted("circle", 0)], "count of circle"),
-    ([wanted("circle", 1.0)], "count of circle"),
     ([wanted("circle", "2")], "count of circle"),
     ([wanted("circle", True)], "count of circle"),
     ([CIRCLE, cross(["left", 0])], "left of, right of, above, below"),
     ([CIRCLE, cross(["left of", 1])], "comes before"),  # itself
     ([CIRCLE, cross(["left of", -1])], "comes before"),
     ([CIRCLE, cross(["left of", "0"])], "comes before"),
-    ([CIRCLE, cross(["left of", False])], "comes before"),
-    ([CIRCLE, cross(["left of"])], "[relation, "),
-    ([CIRCLE, cross("ab")], "[relation, ")])
+    ([CIRCLE, cross(["left of"])], "[relation, ")])
 def test_a_scene_that_cannot_be_judged_is_refused(include, says):
     rows = [{"include": include}]
     problem = exits(rewards.check_metadata, ["bad"], rows, world.SHAPES, world.COLORS)
     assert "the prompt 'bad'" in problem
     assert says in problem
-
-
-@pytest.mark.parametrize("name", ["geneval", "toy_taste"])
-def test_the_metadata_of_all_prompts_is_checked(name):
-    loaded = rewards.load(name, "--reward")
-    good = world.scenes("position")[0]
-    rewards.check(loaded, [good])
-    problem = exits(rewards.check, loaded, [good, {"prompt": "bad", "include": []}])
-    assert problem.startswith(f"reward {name}: the prompt 'bad'")
 
 
 # -------------------------------------------------------------------- rewards: the toy's own
@@ -1077,11 +1007,6 @@ def shape(kind, color="red", radius=9, x=24, y=24):
 def test_the_toys_detector_finds_every_shape_in_every_color(kind, color):
     found, = world.detect_shapes(shape(kind, color))
     assert (found["class"], found["color"]) == (kind, color)
-
-
-def test_the_toys_detector_finds_the_place_of_a_shape():
-    found, = world.detect_shapes(shape("circle", radius=9, x=14, y=30))
-    assert found["box"] == pytest.approx((14 - 9, 30 - 9, 14 + 9, 30 + 9), abs=1)
 
 
 def test_the_toys_detector_overlooks_what_is_small_or_pale():
@@ -1150,10 +1075,8 @@ def test_toy_sign_likes_what_the_painter_made():
 
 
 def test_toy_inks_likes_what_is_rare():
-    red = Image.new("RGB", (48, 48), world.COLORS["red"])
-    blue = Image.new("RGB", (48, 48), world.COLORS["blue"])
-    for image in (red, blue):
-        image.paste("white", (0, 0, 48, 24))
+    red = shape("square", "red")
+    blue = shape("square", "blue")
     toy_inks = rewards.REWARDS["toy_inks"]()
     assert toy_inks([red, red, red, blue], None, None) == [0.25, 0.25, 0.25, 0.75]
 
@@ -1248,21 +1171,6 @@ def photo_reward(models):
     return rewards.geneval_photo(detector, clip)
 
 
-def test_geneval_photo_enlarges_an_image_for_the_detector(photo_reward, monkeypatch):
-    from transformers import Mask2FormerImageProcessor
-    assert rewards.DETECTOR_SIZE == {"shortest_edge": 800, "longest_edge": 1333}
-    monkeypatch.setattr(rewards, "DETECTOR_SIZE", {"shortest_edge": 96, "longest_edge": 160})
-    heights = []
-    real = Mask2FormerImageProcessor.post_process_instance_segmentation
-
-    def spy(processor, outputs, **options):
-        heights.append(outputs.masks_queries_logits.shape[-2])
-        return real(processor, outputs, **options)
-    monkeypatch.setattr(Mask2FormerImageProcessor, "post_process_instance_segmentation", spy)
-    photo_reward(PHOTOS, "abc", [scene(wanted("dog"))] * 3)  # whatever the random detector finds
-    assert heights == [96 // 4] * 3  # the masks have a quarter of the size
-
-
 DOG = 16  # as COCO numbers them
 MOUSE = 64
 
@@ -1271,11 +1179,13 @@ MOUSE = 64
 def photo_score(photo_reward, monkeypatch):
     """A function: the score of a photo in which the detector finds (left, right, label, sure)"""
     from transformers import Mask2FormerImageProcessor
-    monkeypatch.setattr(rewards, "DETECTOR_SIZE", {"shortest_edge": 64, "longest_edge": 64})
+    assert rewards.DETECTOR_SIZE == {"shortest_edge": 800, "longest_edge": 1333}
+    monkeypatch.setattr(rewards, "DETECTOR_SIZE", {"shortest_edge": 96, "longest_edge": 160})
 
     def score(found, *include, tag=""):
         def result(processor, outputs, threshold, target_sizes, return_binary_maps):
             assert target_sizes == [(40, 48)]
+            assert outputs.masks_queries_logits.shape[-2] == 96 // 4  # masks have a quarter
             masks = [torch.zeros(40, 48)]  # an empty mask is no object
             infos = [{"label_id": 0, "score": 1.0}]
             for left, right, label, sure in found:
@@ -1317,13 +1227,13 @@ def test_geneval_photo_knows_places_and_colors(photo_score):
     assert sorted(scores) == [0.5] * 9 + [1]  # the random CLIP names one of the ten
 
 
-@pytest.mark.parametrize("number, name", [
-    (0, "person"), (3, "motorcycle"), (4, "airplane"), (57, "couch"), (58, "potted plant"),
-    (60, "dining table"), (62, "tv"), (64, "computer mouse"), (65, "tv remote"),
-    (66, "computer keyboard"), (79, "toothbrush")])
-def test_geneval_photo_uses_genevals_names_whatever_the_model_calls_a_class(
-        photo_score, number, name):
-    assert photo_score([(2, 12, number, 0.95)], wanted(name)) == 1
+def test_the_classes_of_photos_are_cocos_in_genevals_words():
+    """Whatever the model calls them"""
+    classes = rewards.PHOTO_CLASSES
+    assert len(classes) == 80
+    assert [classes[number] for number in (0, 3, 4, 57, 58, 60, 62, 64, 65, 66, 79)] == [
+        "person", "motorcycle", "airplane", "couch", "potted plant", "dining table", "tv",
+        "computer mouse", "tv remote", "computer keyboard", "toothbrush"]
 
 
 def test_a_color_is_told_on_the_object_alone():
@@ -1372,16 +1282,10 @@ def test_a_model_that_cannot_be_loaded_is_one_line(monkeypatch):
 
 # --------------------------------------------------------------- rewards: prompts, loading, scoring
 CUSTOM = '''
-from __future__ import annotations
-import os, numpy, torch
-from dataclasses import dataclass
-
-@dataclass
-class Score:  # dataclasses look up the module that they are in
-    value: float = 3.0
+import numpy, torch
 
 def three(images, prompts, metadata):
-    return [Score().value] * len(images)
+    return [3.0] * len(images)
 
 def ink(images, prompts, metadata):
     return [-numpy.asarray(image, float).mean() for image in images]
@@ -1395,7 +1299,6 @@ def broken(images, prompts, metadata):
 
 def dull(images, prompts, metadata):
     """Every image of a prompt with "dull" in it has the same score."""
-    open(f"rank{os.environ.get('RANK', 0)}", "a").close()
     scores = ink(images, prompts, metadata)
     return [0.5 if "dull" in prompt else score for prompt, score in zip(prompts, scores)]
 '''
@@ -1517,12 +1420,15 @@ def test_what_a_dataset_must_be_is_said_in_one_line(tmp_path, name, content, say
     assert len(problem) < 300
 
 
-def test_every_prompt_is_checked_for_every_reward_before_the_run(desk):
-    Path("train.txt").write_text('a "GOOD" sign\n')
-    Path("test.txt").write_text("no quotes\n")
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_prompt_is_checked_for_every_reward_before_the_run(desk, split):
+    good = json.dumps(world.scenes("position")[0])
+    Path("train_metadata.jsonl").write_text(good)
+    Path("test_metadata.jsonl").write_text(good)
+    Path(f"{split}_metadata.jsonl").write_text(f'{good}\n{{"prompt": "bad"}}\n{good}')
     problem = exits(run, *TINY, "--dataset", ".", "--reward", "custom.py:ink", "--eval_reward",
-                    "ocr")
-    assert "reward ocr: the prompt 'no quotes'" in problem
+                    "geneval")
+    assert problem.startswith("reward geneval: the prompt 'bad'")
     assert not Path("runs").exists()
 
 
@@ -1820,6 +1726,8 @@ def test_the_film_has_at_most_12_frames_from_the_first_to_the_last(evaluated):
     for epoch in range(3, 39):
         shutil.copytree(samples / "0001", samples / f"{epoch:04d}")
     shutil.copytree(samples / "0002", samples / "0039")  # the only other one as bright as 0002
+    (samples / "again").mkdir()  # only numbered folders are evaluations
+    (samples / "mine.png").touch()
     flow_grpo.draw_film(evaluated)
     film = Image.open(evaluated / "film.gif")
     assert film.n_frames == 12
@@ -1827,13 +1735,6 @@ def test_the_film_has_at_most_12_frames_from_the_first_to_the_last(evaluated):
     for frame, level in ((0, 40), (11, 240)):
         film.seek(frame)
         assert film.convert("RGB").getpixel((100, 100))[0] == pytest.approx(level, abs=8)
-
-
-def test_only_numbered_folders_are_evaluations(evaluated):
-    (evaluated / "samples/again").mkdir()
-    (evaluated / "samples/mine.png").touch()
-    names = [folder.name for folder in flow_grpo.evaluations(evaluated)]
-    assert names == ["0000", "0001", "0002"]
 
 
 def test_at_most_12_images_are_kept(monkeypatch, tmp_path):
@@ -1877,19 +1778,16 @@ def copied_run(desk, whole_run):
 @pytest.mark.parametrize("problem, says", [
     (KeyboardInterrupt(), "interrupted"), (rewards.RewardError("reward x"), "reward x"),
     (torch.OutOfMemoryError("CUDA"), "--batch_size.*--gradient_checkpointing.*--offload")])
-def test_what_ends_a_run_is_one_line(copied_run, monkeypatch, problem, says):
-    before = read_metrics(copied_run)
-    monkeypatch.setattr(flow_grpo, "update", Mock(side_effect=problem))
+def test_what_ends_a_run_is_one_line(desk, monkeypatch, problem, says):
+    monkeypatch.setattr(flow_grpo, "train", Mock(side_effect=problem))
     with pytest.raises(SystemExit, match=says):
-        run("--resume", "runs/x", "--epochs", 3)
-    assert read_metrics(copied_run) == before
+        run(*TINY)
 
 
-def test_a_picture_that_cannot_be_drawn_does_not_stop_a_run(copied_run, capsys):
+def test_a_picture_that_cannot_be_drawn_does_not_stop_a_run(desk, capsys):
     flow_grpo.draw_film.side_effect = OSError("half a picture")
-    run("--resume", "runs/x", "--epochs", 3)
+    flow_grpo.report(small(), desk, [{"epoch": 0, "eval_reward": 0.5}], Mock())
     assert "warning: no pictures this time" in capsys.readouterr().out
-    assert len(read_metrics(copied_run)) == 4
 
 
 def run_until_killed(owner, name, n):
@@ -1962,7 +1860,6 @@ def checkpoint_bytes(content):
 
 @pytest.mark.parametrize("damage", [
     lambda good: good[:len(good) // 2],
-    lambda good: b"hello",
     lambda good: b"",
     lambda good: checkpoint_bytes(torch.load(io.BytesIO(good)) | {"code": print}),
     lambda good: checkpoint_bytes({}),
@@ -1974,11 +1871,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(copied_run, damage):
 
 
 def test_a_resumed_run_has_the_options_of_its_checkpoint(copied_run):
-    config = flow_grpo.parse_config(["--resume", "runs/x", "--epochs", "9"])
-    assert (config.epochs, config.beta, config.reward, config.groups) == (
-        9, 0.1, "custom.py:ink:2", 2)
     assert "--lora_rank" in exits(run, "--resume", "runs/x", "--lora_rank", 8, "--epochs", 3)
-
     path = copied_run / "checkpoint.pt"
     options = asdict(Config(reward="geneval", epochs=50, seed=3))
     torch.save(torch.load(path) | {"options": options}, path)
@@ -2034,42 +1927,31 @@ def test_stock_diffusers_with_the_lora_draws_the_evaluations_image(desk, name):
     assert draws("0001/00.png") <= 1
 
 
-def test_a_tracker_gets_the_metrics_and_the_picture(copied_run):
+def test_a_tracker_gets_the_metrics_and_the_picture_and_is_closed(copied_run, monkeypatch):
     tracker = Mock()
     tracker.name = "tensorboard"
     accelerator = Mock(trackers=[tracker])
-    row = {"epoch": 1, "eval_reward": 0.5}
-    flow_grpo.report(small(), copied_run, [{"epoch": 0}, row], accelerator)
-    accelerator.log.assert_called_once_with(row, step=1)
+    monkeypatch.setattr(flow_grpo, "start_trackers", lambda config, folder: accelerator)
+    run("--resume", "runs/x", "--epochs", 3)
+    *_, row = (copied_run / "metrics.jsonl").read_text().splitlines()
+    accelerator.log.assert_called_once_with(json.loads(row), step=3)
     pictures, epoch = tracker.log_images.call_args.args
     picture = Image.open(copied_run / "before_after.png").convert("RGB")
-    assert epoch == 1
+    assert epoch == 3
     assert difference(pictures["before_after"][0], picture) == 0
+    accelerator.end_training.assert_called_once_with()
 
 
 def run_in_two_processes(*options):
-    """A run as torchrun would start it -> what its two processes printed"""
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        _, port = server.getsockname()  # one that is free
-
-    def one_of_two(rank):
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-                       "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    """A run as `accelerate launch` would start it -> what its two processes printed"""
+    def one_of_two():
         AcceleratorState._reset_state(reset_partial_state=True)
         flow_grpo.WORLD = PartialState(cpu=True)
         torch.set_num_threads(1)
-        sys.stdout = sys.stderr = open(f"said-by-{rank}", "w")
+        sys.stdout = sys.stderr = open(f"said-by-{flow_grpo.WORLD.process_index}", "w")
         run(*options)
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=one_of_two, args=[rank], daemon=True) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    said = [Path(f"said-by-{rank}").read_text() for rank in (0, 1)]
-    assert [process.exitcode for process in processes] == [0, 0], said
-    return said
+    debug_launcher(one_of_two, num_processes=2)
+    return [Path(f"said-by-{rank}").read_text() for rank in (0, 1)]
 
 
 def test_two_processes_give_the_same_run_as_one(desk):
@@ -2085,7 +1967,6 @@ def test_two_processes_give_the_same_run_as_one(desk):
     said = run_in_two_processes(*options)
     said_then = run_in_two_processes("--resume", "runs/custom.py-dull", "--epochs", 2)
     assert sorted(os.listdir("runs")) == ["custom.py-dull", "one"]  # both processes share a folder
-    assert Path("rank1").exists()  # the second one has scored images
     one = Path("runs/one")
     two = Path("runs/custom.py-dull")
 
