@@ -37,8 +37,8 @@ models, 6 has the options, 7 the files and pictures. The default model is a toy,
   python flow_grpo.py --reward ocr                     # teach the toy to write: 2 minutes on a CPU
   python flow_grpo.py --reward my_rewards.py:judge     # your own reward, see `redness` and README
   python flow_grpo.py --resume runs/ocr                # go on after a stop
-  python flow_grpo.py --preset sd3.5-medium-fast --dataset FOLDER         # on one GPU
-  accelerate launch flow_grpo.py --preset sd3.5-medium --dataset FOLDER   # on all GPUs
+  python flow_grpo.py --preset sd3.5-medium-fast --reward ocr --dataset FOLDER        # on one GPU
+  accelerate launch flow_grpo.py --preset sd3.5-medium --reward ocr --dataset FOLDER  # on all GPUs
 """
 import inspect
 import json
@@ -85,8 +85,9 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
     library.utils.logging.disable_progress_bar()
 
 # ------------------------------------------------------------------------------ 1. the mathematics
-# All of this is in float32, even if the network runs in bf16. The update compares probabilities
-# whose ratio differs from 1 by about 0.0001. In bf16 that would be rounded to exactly 1.
+# All of this is in float32 or better, even if the network runs in bf16. The update compares
+# probabilities whose ratio differs from 1 by about 0.0001. In bf16 that would be rounded to
+# exactly 1.
 #
 # Many pairs of data and noise give the same x, so the best v that the network can predict is the
 # average of noise - data over all of them. From x and v we get estimates of the data and the noise:
@@ -103,20 +104,22 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
 # If v is the best one and steps are small, equation 9 gives x the same distribution as the ODE, at
-# every time and whatever sigma is. Why? Let p be the density of x. A step of equation 9 does two
-# things that the ODE's step does not. By the Fokker-Planck equation, their effects on p cancel:
+# every time and whatever sigma is. Why? (Skip the two points if you trust this.) Let p be the
+# density of x. A step of equation 9 does two things that the ODE's step does not. By the
+# Fokker-Planck equation, their effects on p cancel:
 #
 #   1. It adds fresh noise. This blurs p: it changes by std^2 / 2 * laplacian(p).
 #   2. It keeps less of noise_guess, which moves x by -std^2 / (2t) * noise_guess. This sharpens p.
 #      Because noise_guess is -t * grad(log p) (equation 27 of the paper), the move is
 #      m = std^2 / 2 * grad(log p), to where x is more likely. A move m changes p by -div(p * m).
-#      Here p * m is std^2 / 2 * grad(p), so p changes by -std^2 / 2 * laplacian(p).
+#      As grad(log p) is grad(p) / p, here p * m is std^2 / 2 * grad(p). So p changes by
+#      -std^2 / 2 * laplacian(p).
 #
 # Appendix A of the paper has the proof. In practice the distribution is only roughly the same, for
 # three reasons:
 #
 #   - The v of a network is only roughly that average. With guidance, or after training towards a
-#     reward, it is another.
+#     reward, it is not even meant to be.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
 #     The std of this first step is then a, however small the step is, and x is a little too noisy
 #     after it.
@@ -124,12 +127,12 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #     the worst example.
 #
 # CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. If noise_guess were the true
-# noise, this would be exactly the noise that belongs at s. It is an estimate, which varies less. So
-# there is never too much noise, and the training images show none. But because the std of CPS does
-# not shrink with the step, an error remains even with small steps: x varies too little, and the
-# images lose variety. Near t = 1, where noise_guess is nearly the true noise, hardly any is lost.
-# The paper's results are with the flow SDE, which is our default. The presets for small GPUs use
-# CPS, in early steps.
+# noise, x_next would have exactly the noise that belongs at s. But noise_guess is an estimate, and
+# varies less than the true noise. So there is never too much noise, and the images are not noisy.
+# But the std of CPS does not shrink with the step, so small steps do not remove this error: x
+# varies too little, and the images lose variety. Near t = 1, where noise_guess is nearly the true
+# noise, hardly any is lost. The paper's results are with the flow SDE, which is our default. The
+# presets for small GPUs use CPS, in early steps.
 
 
 class Step(NamedTuple):
@@ -212,8 +215,9 @@ def group_advantages(scores, std_over="epoch"):
     """How much better each image is than its group (equation 4). scores: [groups, group_size].
 
     Some prompts are easy and some are hard, so a reward says little by itself. PPO trains a second
-    network, the critic, to predict what to expect. GRPO does without: the images of a group have
-    the same prompt and come from the same policy, so their mean is what to expect.
+    network, the critic, to predict what to expect. GRPO (group relative policy optimization) does
+    without: the images of a group have the same prompt and come from the same policy, so their mean
+    is what to expect.
 
     PAPER/CODE: The paper divides by the std of the group. The code divides by the std of all images
     of the epoch, which does not blow up a group of nearly equal rewards. The 1e-4 and the clamp are
@@ -245,8 +249,8 @@ def clipped_loss(ratio, advantages, clip_range):
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and the
     end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. In PPO the
-    ratio also reweights the samples of an old policy. A number so near 1 cannot do that. It only
-    decides when to clip.
+    ratio also reweights the samples of an old policy. A ratio so near 1 leaves their weights as
+    they are. It only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -283,8 +287,9 @@ def choose_window(config, rng):
 
     With the flow SDE and `window` 0, images of ten steps are visibly noisy, because of the last
     step but one. At a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds
-    noise of std 0.225, although x should contain only 0.009, and the last step is too short to
-    remove it. But all images of a group are equally noisy, so many rewards can still compare them.
+    noise of std 0.225, although x should contain only 0.009. The last step cannot remove it: a step
+    from t = 0.009 takes away noise of 0.009 only. But all images of a group are equally noisy, so
+    many rewards can still compare them.
 
     A window of a few early steps leaves no such noise, and makes the update cheaper. The authors
     found later (Flow-GRPO-Fast, with PickScore) that two random steps are enough. Early steps are
@@ -356,11 +361,11 @@ def update(policy, config, drawn, advantages):
 
     Several small updates usually get further than a large one. So the images of an epoch are split,
     and each update gets a part of every group. From the second update on, the images come from a
-    slightly older policy. Our ratio cannot correct for that (see `clipped_loss`), so we keep it
-    small: no image is used twice, as in the official code.
+    slightly older policy. Our ratio cannot correct for that (see `clipped_loss`), so the policy
+    must not get much older: no image is used twice, as in the official code.
 
-    PAPER/CODE: The code shuffles the images of the epoch first. We do not, because the images of a
-    group come in no particular order.
+    PAPER/CODE: The code shuffles the images of the epoch first. We need not. All images of a group
+    are drawn in the same way, so its first half is as good a sample as a random half.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
     keeps them. We keep them for their KL penalty.
@@ -448,8 +453,8 @@ def check_ratio(ratio, clip_range, is_first):
 def redness(images, prompts, metadata):
     """A toy reward: how much more red than green or blue (--reward flow_grpo.py:redness)
 
-    It gets PIL images, their prompts, and their rows of the dataset, and returns a number for each
-    image. It need not be differentiable.
+    It gets PIL images, their prompts, and their rows of the dataset (metadata). It returns a number
+    for each image, and need not be differentiable.
     """
     means = [np.asarray(image).mean((0, 1)) / 255 for image in images]
     return [r - max(g, b) for r, g, b in means]
@@ -492,7 +497,7 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
     # The share of groups that teach nothing, because all their images have the same score.
     equal = group_scores.amax(1) == group_scores.amin(1)
     metrics["no_signal"] = equal.float().mean()
-    metrics["group_std"] = group_scores.std(1, unbiased=False).mean()
+    metrics["group_std"] = group_scores.std(1, unbiased=False).mean()  # how much scores differ
     return metrics | {key: values.mean() for key, values in scores.items()}
 
 
@@ -589,8 +594,9 @@ def train(config):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Late in a run, nearly all groups may have equal scores. Then only the KL penalty has a
-            # gradient, and it pulls back to the base model. A falling learning rate weakens that.
+            # Late in a run, nearly all groups may have equal scores. Then little but the KL penalty
+            # is left in the loss, and each update is a step back to the base model. A falling
+            # learning rate makes these steps small.
             learning_rate = config.learning_rate
             if config.lr_decay:
                 learning_rate *= 1 - (epoch - 1) / config.epochs
@@ -1007,8 +1013,8 @@ class Config:
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0 is off
     ema_every: int = 1  # updates between averagings
     # Images in one pass of the network, a matter of memory and speed. In bf16 it must divide the
-    # number of images that a process uses in an update, because rounding depends on the size of a
-    # batch, and must be the same in sampling and in the update
+    # number of images that a process uses in an update. Otherwise the update would have smaller
+    # batches than sampling had, would round differently, and its first ratios would not be 1
     batch_size: int = 64
     eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
     eval_per_prompt: int = 2  # images of each of them
@@ -1120,7 +1126,8 @@ def check_config(config):
         sys.exit(f"--window {config.window} --latest_start {config.latest_start}: their sum must "
                  f"be below --train_steps {config.train_steps}, as the last is never an SDE step")
     if config.sde == "cps" and config.noise_level >= 1:
-        sys.exit(f"--noise_level {config.noise_level}: must be below 1 with --sde cps")
+        sys.exit(f"--noise_level {config.noise_level}: must be below 1 with --sde cps, or nothing "
+                 "of the old noise stays")
 
 
 def check_machine(config):
