@@ -626,6 +626,19 @@ def test_the_lora_is_on_the_official_layers(name, layers):
     assert got == set(layers.split())
 
 
+def test_the_lora_of_sd35_medium_has_18_8_million_weights(monkeypatch):
+    """The real network's own configuration, without its weights"""
+    real = GOLDEN["networks"]["sd3.5-medium"]
+    monkeypatch.setattr(flow_grpo.WORLD, "device", "meta")
+    monkeypatch.setattr(flow_grpo.Policy, "encode", Mock())
+    with torch.device("meta"):
+        network = diffusers.SD3Transformer2DModel(**real["config"])
+        pipe = Mock(transformer=network, components={}, vae_scale_factor=8)
+        policy = flow_grpo.Policy(pipe, Config(**flow_grpo.PRESETS["sd3.5-medium"]))
+    assert len(policy.params) == real["lora_tensors"]
+    assert sum(p.numel() for p in policy.params) == real["lora_weights"]
+
+
 def test_the_lora_begins_as_the_seed_says():
     first, again, other = [weights(load_policy(small(seed=seed))) for seed in (0, 0, 1)]
     assert torch.equal(first, again)
