@@ -365,7 +365,7 @@ def update(policy, config, drawn, advantages):
     must not get much older: no image is used twice, as in the official code.
 
     PAPER/CODE: The code shuffles the images of the epoch first. We need not. All images of a group
-    are drawn in the same way, so its first half is as good a sample as a random half.
+    are drawn in the same way, so the first half of a group is as good as a random half.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
     keeps them. We keep them for their KL penalty.
@@ -507,7 +507,7 @@ def repeat_each(items, n):
 
 
 def my_part(items):
-    """The part of a list or tensor that is for this process. Joined in order, the parts are all."""
+    """The part of a list or tensor that is for this process. In order, the parts give the whole."""
     n = WORLD.num_processes
     rank = WORLD.process_index
     start = len(items) * rank // n
