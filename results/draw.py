@@ -104,6 +104,24 @@ def denoising_table():
     write_table("denoising", header, rows)
 
 
+def quality_table():
+    header = ["trained on", "quality before", "after (worst seed)", "diversity before",
+              "after (worst seed)"]
+    rows = []
+    for trained_on, base, run, quality, diversity in (
+            ("text", "ocr", "ocr/default", "toy_sign", "toy_inks"),
+            ("text, without the KL penalty", "ocr", "ocr/beta0", "toy_sign", "toy_inks"),
+            ("scenes", "geneval", "geneval/default", "toy_taste", "diversity"),
+            ("preference", "pickscore", "pickscore/default", "toy_taste", "diversity")):
+        row = [trained_on]
+        for name in (quality, diversity):
+            before, = finals(f"base/{base}", f"eval_reward/{name}")
+            after = finals(run, f"eval_reward/{name}")
+            row += [f"{before:.2f}", f"{np.mean(after):.2f} ({min(after):.2f})"]
+        rows.append(row)
+    write_table("quality", header, rows)
+
+
 def epoch_seconds(name):
     """Of training epochs, without those that also evaluate"""
     found = []
@@ -119,6 +137,7 @@ def tables():
     results_table()
     tasks_table()
     denoising_table()
+    quality_table()
 
 
 def save(figure, name):
