@@ -85,17 +85,16 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
     library.utils.logging.disable_progress_bar()
 
 # ------------------------------------------------------------------------------ 1. the mathematics
-# All of this is in float32 or better, even if the network runs in bf16. The update compares
-# probabilities whose ratio differs from 1 by about 0.0001. In bf16 that would be rounded to
-# exactly 1.
+# All of this is in float32, even if the network runs in bf16: the update compares probabilities
+# whose ratio differs from 1 by about 0.0001, and bf16 would round it to exactly 1.
 #
 # Many pairs of data and noise give the same x, so the best v that the network can predict is the
 # average of noise - data over all of them. From x and v we get estimates of the data and the noise:
 #
 #     data_guess = x - t * v          noise_guess = x + (1-t) * v
 #
-# Our samplers mix these two again, with less noise, for the next time s. The random samplers
-# keep less of noise_guess than the ODE does, and put fresh noise in its place:
+# A step mixes these two again, with less noise, for the next time s. A random step keeps less of
+# noise_guess than the ODE does, and puts fresh noise in its place:
 #
 #     x_next = (1-s) * data_guess + keep * noise_guess + std * fresh_noise
 #
@@ -115,24 +114,22 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #      As grad(log p) is grad(p) / p, here p * m is std^2 / 2 * grad(p). So p changes by
 #      -std^2 / 2 * laplacian(p).
 #
-# Appendix A of the paper has the proof. In practice the distribution is only roughly the same, for
-# three reasons:
+# Appendix A of the paper has the proof. In practice the distributions are only roughly the same:
 #
 #   - The v of a network is only roughly that average. With guidance, or after training towards a
 #     reward, it is not even meant to be.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
-#     The std of this first step is then a, however small the step is, and x is a little too noisy
-#     after it.
-#   - Ten steps are not small, and x ends up with more noise than belongs there. `choose_window` has
-#     the worst example.
+#     The std of this first step is then a, however small the step is, and x a little too noisy.
+#   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
-# CPS (coefficients-preserving sampling) has keep^2 + std^2 = s^2. If noise_guess were the true
-# noise, x_next would have exactly the noise that belongs at s. But noise_guess is an estimate, and
-# varies less than the true noise. So there is never too much noise, and the images are not noisy.
-# But the std of CPS does not shrink with the step, so small steps do not remove this error: x
-# varies too little, and the images lose variety. Near t = 1, where noise_guess is nearly the true
-# noise, hardly any is lost. The paper's results are with the flow SDE, which is our default. The
-# presets for small GPUs use CPS, in early steps.
+# CPS (coefficients-preserving sampling) has the opposite error. With keep^2 + std^2 = s^2 there is
+# never too much noise in x_next, and the images are not noisy. But noise_guess, an average, varies
+# less than the true noise. So x varies too little, and the images lose variety. Small steps do not
+# help, because the std of CPS does not shrink with them. Near t = 1 hardly anything is lost, as
+# noise_guess is nearly the true noise there.
+#
+# The paper's results are with the flow SDE, our default. The presets for small GPUs use CPS, in
+# early steps.
 
 
 class Step(NamedTuple):
@@ -183,12 +180,11 @@ def gaussian_log_prob(x_next, mean, std):
     Raising log_prob moves the mean towards x_next, lowering it moves the mean away. So if an image
     turned out well, the model learns to do by itself what the fresh noise did by chance.
 
-    PAPER/CODE: log p(x_next) is a sum over all D dimensions. The code takes the mean over the
-    dimensions instead, and so do we. `clipped_loss` says what this means for the ratio.
+    PAPER/CODE: log p(x_next) is a sum over all D dimensions. The code takes their mean instead, and
+    so do we. `clipped_loss` says what this means for the ratio.
 
-    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it, so
-    that log_prob is the mean log density for both samplers. In late steps of CPS the factor is very
-    large, and these steps would dominate the gradient, so use an early window with CPS.
+    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it. In
+    late steps of CPS it is so large that they would dominate the gradient, so use an early window.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -198,14 +194,13 @@ def gaussian_log_prob(x_next, mean, std):
 def kl_penalty(mean, mean_ref, kl_scale):
     """How far a step is from the base model's step. The means are [B, C, H, W] -> [B]
 
-    A reward is a stand-in for what we really want. Far from the base model it can give high scores
-    to images that people do not like. This is called reward hacking. The KL penalty makes it
-    expensive to move that far.
+    Far from the base model, a reward can give high scores to images that people do not like. This
+    is called reward hacking. The KL penalty makes it expensive to move that far.
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
-    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes the mean over the dimensions.
-    For the flow SDE it divides by sigma^2 instead of std^2 = sigma^2 * (t-s), which makes the
-    penalty weaker. For CPS it divides by std^2. We do the same in both cases.
+    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean. With the flow SDE it
+    divides by sigma^2 instead of std^2 = sigma^2 * (t-s), which makes the penalty weaker, with CPS
+    by std^2. We do the same.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -215,13 +210,12 @@ def group_advantages(scores, std_over="epoch"):
     """How much better each image is than its group (equation 4). scores: [groups, group_size].
 
     Some prompts are easy and some are hard, so a reward says little by itself. PPO trains a second
-    network, the critic, to predict what to expect. GRPO (group relative policy optimization) does
-    without: the images of a group have the same prompt and come from the same policy, so their mean
-    is what to expect.
+    network, the critic, to predict what to expect. GRPO (group relative policy optimization) takes
+    the mean of a group instead: its images have the same prompt and come from the same policy.
 
-    PAPER/CODE: The paper divides by the std of the group. The code divides by the std of all images
-    of the epoch, which does not blow up a group of nearly equal rewards. The 1e-4 and the clamp are
-    from the code.
+    PAPER/CODE: The paper divides by the std of the group, the code by that of all images of the
+    epoch, which does not blow up a group of nearly equal rewards. The 1e-4 and the clamp are from
+    the code.
     """
     # Scores are float32. In float64 the sum of equal ones is exact, so they get exactly 0.
     scores = scores.double()
@@ -242,15 +236,15 @@ def clipped_loss(ratio, advantages, clip_range):
 
     The ratio says how much more likely a step is now than when it was sampled. In the first update
     of an epoch it is 1, so the gradient is -advantage * grad(log_prob), a plain policy gradient.
-    Later updates still use the images of the old policy, so clipping limits how far these images
-    can push the new one. The gradient is 0 once a positive advantage has pushed the ratio above the
-    range, or a negative one has pushed it below. A move in the wrong direction is never clipped.
+    Later updates still use the images of the old policy, and clipping limits how far these can push
+    the new one. The gradient is 0 once a positive advantage has pushed the ratio above the range,
+    or a negative one has pushed it below. A move in the wrong direction is never clipped.
 
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and the
-    end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. In PPO the
-    ratio also reweights the samples of an old policy. A ratio so near 1 leaves their weights as
-    they are. It only decides when to clip.
+    end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. So our
+    ratio cannot reweight the samples of an old policy, as it does in PPO. It only decides when to
+    clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -282,8 +276,7 @@ def choose_window(config, rng):
     `window` is 0, they are all steps but the last.
 
     PAPER/CODE: In the paper all steps are random and trained. In the code all are random, but the
-    last one is not trained. We take the last one with the ODE. (With CPS we must, because its std
-    is 0 there. With the flow SDE we do the same.)
+    last one is not trained. We take the last one with the ODE. (With CPS its std is 0 anyway.)
 
     With the flow SDE and `window` 0, images of ten steps are visibly noisy, because of the last
     step but one. At a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds
@@ -291,9 +284,9 @@ def choose_window(config, rng):
     from t = 0.009 takes away noise of 0.009 only. But all images of a group are equally noisy, so
     many rewards can still compare them.
 
-    A window of a few early steps leaves no such noise, and makes the update cheaper. The authors
-    found later (Flow-GRPO-Fast, with PickScore) that two random steps are enough. Early steps are
-    good ones, because they decide most of what an image shows.
+    A window of a few early steps leaves no such noise, and makes the update cheaper. Early steps
+    decide most of what an image shows. The authors found later (Flow-GRPO-Fast, with PickScore)
+    that two random steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -309,8 +302,8 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     The steps outside of the window follow the ODE.
 
     Training samples in few steps (in the paper 10 instead of 40), which the paper calls denoising
-    reduction. The images get worse, but they are good enough to be compared with each other. The
-    same network gives v in 10 and in 40 steps, so what it learns should carry over.
+    reduction. The images are worse, but good enough to be compared. The same network gives v in 10
+    and in 40 steps, so what it learns should carry over.
     """
     B = len(first_seeds)
     K = len(window)
@@ -361,8 +354,8 @@ def update(policy, config, drawn, advantages):
 
     Several small updates usually get further than a large one. So the images of an epoch are split,
     and each update gets a part of every group. From the second update on, the images come from a
-    slightly older policy. Our ratio cannot correct for that (see `clipped_loss`), so the policy
-    must not get much older: no image is used twice, as in the official code.
+    slightly older policy. Our ratio cannot correct for that (see `clipped_loss`), so no image is
+    used twice, as in the official code.
 
     PAPER/CODE: The code shuffles the images of the epoch first. We need not. All images of a group
     are drawn in the same way, so the first half of a group is as good as a random half.
@@ -521,9 +514,8 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
     eval_rewards are {name: (function, weight)}.
 
     Why can we train with the SDE and sample with the ODE? Both use the same v, and a change of v
-    moves the mean of an SDE step and the step of the ODE in the same direction. In early steps x
-    also has nearly the same distribution in both. A short window trains v at a few times only, but
-    one LoRA serves all times, so v changes at the others, too.
+    moves the mean of an SDE step and the step of the ODE in the same direction. A short window
+    trains v at a few times only, but one LoRA serves all times, so v changes at the others, too.
 
     We evaluate a moving average of the LoRA's weights, which is less noisy than the weights after
     any one update. The seeds are always the same, so that runs can be compared.
@@ -595,8 +587,8 @@ def train(config):
         metrics = {"epoch": epoch}
         if epoch > 0:
             # Late in a run, nearly all groups may have equal scores. Then little but the KL penalty
-            # is left in the loss, and each update is a step back to the base model. A falling
-            # learning rate makes these steps small.
+            # is left, and each update is a step back to the base model. A falling learning rate
+            # makes these steps small.
             learning_rate = config.learning_rate
             if config.lr_decay:
                 learning_rate *= 1 - (epoch - 1) / config.epochs
