@@ -27,12 +27,13 @@ Notation
   D       C * H * W, the number of dimensions of a latent
 
 PAPER/CODE marks where the paper, the official code (github.com/yifan123/flow_grpo) and this file
-differ. We mostly follow the code, because the published learning rate, clip range and beta belong
-to it.
+differ. We mostly follow the code, because the published learning rate, clip range and beta (the
+weight of the KL penalty) belong to it.
 
 Chapters 1 to 4 are the method. The rest is what it takes to run it: chapter 5 drives the diffusers
 models, 6 has the options, 7 the files and pictures. The default model is a toy, an SD3 pipeline of
-5 MB (toy/). Its options are not the paper's: one random step, and one first noise for a group.
+5 MB (toy/). Its options are not the paper's: only one step is random, and all images of a group
+start from the same noise.
 
   python flow_grpo.py --reward ocr                     # teach the toy to write: 2 minutes on a CPU
   python flow_grpo.py --reward my_rewards.py:judge     # your own reward, see `redness` and README
@@ -109,27 +110,25 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #
 #   1. It adds fresh noise. This blurs p: it changes by std^2 / 2 * laplacian(p).
 #   2. It keeps less of noise_guess, which moves x by -std^2 / (2t) * noise_guess. This sharpens p.
-#      Because noise_guess is -t * grad(log p) (equation 27 of the paper), the move is
-#      m = std^2 / 2 * grad(log p), to where x is more likely. A move m changes p by -div(p * m).
-#      As grad(log p) is grad(p) / p, here p * m is std^2 / 2 * grad(p). So p changes by
-#      -std^2 / 2 * laplacian(p).
+#      Because noise_guess is -t * grad(log p) (Tweedie's formula, equation 27 of the paper), the
+#      move is m = std^2 / 2 * grad(log p), to where x is more likely. A move m changes p by
+#      -div(p * m). As grad(log p) is grad(p) / p, here p * m is std^2 / 2 * grad(p). So p changes
+#      by -std^2 / 2 * laplacian(p).
 #
 # Appendix A of the paper has the proof. In practice the distributions are only roughly the same:
 #
 #   - The v of a network is only roughly that average. With guidance, or after training towards a
 #     reward, it is not even meant to be.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
-#     The std of this first step is then a, however small the step is, and x a little too noisy.
+#     The std of this first step is then a, however small the step is, so x gets a little too noisy.
 #   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
 # CPS (coefficients-preserving sampling) has the opposite error. With keep^2 + std^2 = s^2 there is
-# never too much noise in x_next, and the images are not noisy. But noise_guess, an average, varies
-# less than the true noise. So x varies too little, and the images lose variety. Small steps do not
-# help, because the std of CPS does not shrink with them. Near t = 1 hardly anything is lost, as
-# noise_guess is nearly the true noise there.
-#
-# The paper's results are with the flow SDE, our default. The presets for small GPUs use CPS, in
-# early steps.
+# never too much noise in x_next, and the images are not noisy. But noise_guess is an average, so it
+# varies less than the true noise. So x varies too little, and the images lose variety. Small steps
+# do not help, because each of them replaces as much noise as a large one. Near t = 1 hardly
+# anything is lost, as noise_guess is nearly the true noise there. The paper's results are with the
+# flow SDE, our default.
 
 
 class Step(NamedTuple):
@@ -198,9 +197,9 @@ def kl_penalty(mean, mean_ref, kl_scale):
     is called reward hacking. The KL penalty makes it expensive to move that far.
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
-    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean. With the flow SDE it
-    divides by sigma^2 instead of std^2 = sigma^2 * (t-s), which makes the penalty weaker, with CPS
-    by std^2. We do the same.
+    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean. With CPS it divides
+    by std^2. With the flow SDE it divides by sigma^2 instead of std^2 = sigma^2 * (t-s), which
+    makes the penalty weaker. We do the same.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -217,7 +216,7 @@ def group_advantages(scores, std_over="epoch"):
     epoch, which does not blow up a group of nearly equal rewards. The 1e-4 and the clamp are from
     the code.
     """
-    # Scores are float32. In float64 the sum of equal ones is exact, so they get exactly 0.
+    # In float64 the mean of equal float32 scores is exact, so their advantages are exactly 0.
     scores = scores.double()
     better = scores - scores.mean(1, keepdim=True)
     if std_over == "epoch":
@@ -242,9 +241,9 @@ def clipped_loss(ratio, advantages, clip_range):
 
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and the
-    end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. So our
-    ratio cannot reweight the samples of an old policy, as it does in PPO. It only decides when to
-    clip.
+    end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. PPO's ratio
+    also reweights the samples of an old policy. Ours is too near 1 for that. It only decides when
+    to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -385,14 +384,12 @@ def update(policy, config, drawn, advantages):
 
     kl = gather(torch.cat(kls))
     moved = gather(torch.cat(ratios)) - 1
-    # README has a table of what to do if these metrics look wrong.
     too_low = moved < -config.clip_range
     too_high = moved > config.clip_range
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
         "ratio_deviation": moved.abs().max(),  # the largest distance of a ratio from 1
-        # The shares of ratios below and above the clip range. In the first update all ratios are 1
-        # up to rounding, so with two updates no share gets above one half.
+        # The shares of ratios below and above the clip range. In the first update there are none.
         "clip_low": too_low.float().mean(),
         "clip_high": too_high.float().mean(),
         "grad_norm": np.mean(norms),
@@ -428,10 +425,9 @@ def losses(policy, config, drawn, advantages, batch):
 
 
 def check_ratio(ratio, clip_range, is_first):
-    """Stop if a ratio is not finite, or not 1 although the policy is still the one that sampled.
+    """Stop if a ratio is not finite, or if it differs from 1 in the first update.
 
-    Rounding in the network moves a ratio a little. We allow half of the clip range, but at least
-    1e-5 and at most 1e-4.
+    Rounding in the network moves it a little, which is allowed.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -470,13 +466,13 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
         first_seeds = repeat_each(first_seeds[:groups], size)
     window = choose_window(config, rng)
 
-    rows = my_part(chosen)
+    rows = my_part(chosen)  # if there are several processes, each has its part of the groups
     prompts = [row["prompt"] for row in rows]
     drawn = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
                     my_part(fresh_seeds))
 
-    # The scores of all processes: an array "reward/NAME" for each reward, and their weighted sum as
-    # the array "reward".
+    # A dict of arrays with the scores of all processes: "reward/NAME" for each reward, and
+    # "reward", their weighted sum.
     scores = rewards.score(train_rewards, drawn.images, repeat_each(rows, size))
 
     group_scores = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
@@ -490,7 +486,7 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
     # The share of groups that teach nothing, because all their images have the same score.
     equal = group_scores.amax(1) == group_scores.amin(1)
     metrics["no_signal"] = equal.float().mean()
-    metrics["group_std"] = group_scores.std(1, unbiased=False).mean()  # how much scores differ
+    metrics["group_std"] = group_scores.std(1, unbiased=False).mean()
     return metrics | {key: values.mean() for key, values in scores.items()}
 
 
@@ -499,19 +495,8 @@ def repeat_each(items, n):
     return [item for item in items for _ in range(n)]
 
 
-def my_part(items):
-    """The part of a list or tensor that is for this process. In order, the parts give the whole."""
-    n = WORLD.num_processes
-    rank = WORLD.process_index
-    start = len(items) * rank // n
-    end = len(items) * (rank + 1) // n
-    return items[start:end]
-
-
 def evaluate(policy, config, eval_rewards, test_set, folder):
     """Sample the test prompts with the ODE -> metrics. The images go to the folder.
-
-    eval_rewards are {name: (function, weight)}.
 
     Why can we train with the SDE and sample with the ODE? Both use the same v, and a change of v
     moves the mean of an SDE step and the step of the ODE in the same direction. A short window
@@ -681,6 +666,7 @@ class Policy:
         t = t.flatten().expand(len(x))
         condition = [c.to(x.device) for c in condition]
         bf16 = self.config.precision == "bf16"
+        # Under autocast the LoRA computes in bf16, too, although its weights are in float32.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             v = self.forward(x.to(self.network.dtype), t, *condition)
         return v.float()
@@ -794,9 +780,8 @@ class Policy:
             layers = {}
             for name, weights in state.items():
                 # Programs that find no alpha in a file take alpha / rank to be 1.
-                if "lora_B" in name:
-                    weights = ALPHA_OVER_RANK * weights
-                layers[name.removeprefix("base_model.model.")] = weights
+                factor = ALPHA_OVER_RANK if "lora_B" in name else 1
+                layers[name.removeprefix("base_model.model.")] = factor * weights
         return layers
 
     def checkpoint(self):
@@ -1016,9 +1001,8 @@ class Config:
 # beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.) The rest is from the code, but the
 # numbers of epochs and of images in a batch are ours.
 # PAPER/CODE: The code trains in fp16. We use bf16, which needs no scaling of the loss.
-# PAPER/CODE: In every 8th update the code, as configured for 32 GPUs, calls its averaging twice in
-# a row, with a decay of 0.9. We do it once, with 0.9^2 = 0.81, which is the same once the decay has
-# grown to 0.9.
+# PAPER/CODE: In every 8th update the code, as configured for 32 GPUs, averages twice, with a decay
+# of 0.9. We do it once, with 0.9^2 = 0.81. (Once the decay has grown to 0.9, that is the same.)
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
@@ -1043,7 +1027,7 @@ PRESETS = {
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux, which calls its averaging 6 times in a row: 0.9^6 = 0.53.
+    # From the official pickscore_flux, which averages 6 times: 0.9^6 = 0.53.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
         eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.53,
@@ -1158,6 +1142,15 @@ def say(line):
     if WORLD.is_main_process:
         tqdm.write(line)
         sys.stdout.flush()
+
+
+def my_part(items):
+    """The part of a list or tensor that is for this process. In order, the parts give the whole."""
+    n = WORLD.num_processes
+    rank = WORLD.process_index
+    start = len(items) * rank // n
+    end = len(items) * (rank + 1) // n
+    return items[start:end]
 
 
 def claim_folder(config):
