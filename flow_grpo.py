@@ -642,7 +642,7 @@ class Policy:
         self.average = parameters_to_vector(self.params).detach()
         self.optimizer = torch.optim.AdamW(
             self.params, config.learning_rate, eps=config.adam_eps, weight_decay=1e-4)
-        self.updates = 0
+        self.updates_made = 0
         self.empty = self.encode([""])  # for guidance
         side = config.resolution // pipe.vae_scale_factor
         self.latent_shape = (pipe.vae.config.latent_channels, side, side)
@@ -663,7 +663,7 @@ class Policy:
 
     def predict(self, x, t, condition):
         """v without guidance"""
-        t = t.flatten().expand(len(x))
+        t = t.flatten().expand(len(x))  # one for each image, even if they all have the same
         condition = [c.to(x.device) for c in condition]
         bf16 = self.config.precision == "bf16"
         # Under autocast the LoRA computes in bf16, too, although its weights are in float32.
@@ -728,7 +728,7 @@ class Policy:
 
     def suspect(self):
         """What is to blame for a number that is not finite"""
-        if self.updates > 0:
+        if self.updates_made > 0:
             return "lower --learning_rate"
         return f"there was no update yet, so the cause is --model {self.config.model} itself"
 
@@ -758,8 +758,8 @@ class Policy:
             sys.exit("the gradient is not finite: lower --learning_rate")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.updates += 1
-        n = self.updates
+        self.updates_made += 1
+        n = self.updates_made
         is_due = n % self.config.ema_every == 0
         is_off = self.config.ema_decay == 0  # then the average is a copy of the weights
         if is_due or is_off:
@@ -790,7 +790,7 @@ class Policy:
             "weights": parameters_to_vector(self.params).detach(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
-            "updates": self.updates,
+            "updates": self.updates_made,
         }
 
     def restore(self, checkpoint):
@@ -801,7 +801,7 @@ class Policy:
         self.average.copy_(checkpoint["average"])
         vector_to_parameters(checkpoint["weights"].to(self.average.device), self.params)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.updates = checkpoint["updates"]
+        self.updates_made = checkpoint["updates"]
 
 
 class FluxPolicy(Policy):
@@ -817,7 +817,7 @@ class FluxPolicy(Policy):
         return self.predict(x, t, condition)
 
     def forward(self, x, t, embeds, pooled):
-        packed = torch.pixel_unshuffle(x, 2)  # [B, 4C, H/2, W/2]
+        packed = torch.pixel_unshuffle(x, 2)  # [B, 4C, H/2, W/2], in the pipeline's own order
         B, _, rows, columns = packed.shape
         guidance = None
         if self.network.config.guidance_embeds:  # FLUX.1-schnell has none

@@ -416,7 +416,7 @@ def test_a_velocity_or_pixel_that_is_not_finite_names_the_culprit():
     says = exits(draw, policy)
     assert "velocity at t = 1.000 is not finite" in says
     assert f"--model {TINY_SD3} itself" in says
-    policy.updates = 1
+    policy.updates_made = 1
     assert "lower --learning_rate" in exits(draw, policy)
     assert "pixels" in exits(policy.decode, torch.full((1, 4, 16, 16), torch.nan))
 
