@@ -1056,15 +1056,16 @@ def parse_config(argv=None):
     config = parse({})
     preset = config.preset
     first_reward = list(rewards.parse(config.reward, "--reward"))[0]
-    if not preset and first_reward in PRESETS:
-        preset = first_reward
     if config.resume:
-        saved = read_checkpoint(config.resume)["options"]
-        config = parse(saved)
+        if preset:
+            sys.exit(f"--preset {preset}: a run to --resume keeps its own options")
+        config = parse(read_checkpoint(config.resume)["options"])
     elif preset:
         if preset not in PRESETS:
             sys.exit(f"--preset {preset}: choose from {', '.join(PRESETS)}")
         config = parse(PRESETS[preset])
+    elif first_reward in PRESETS:
+        config = parse(PRESETS[first_reward])
     rewards.parse(config.eval_reward, "--eval_reward")
     check_config(config)
     check_machine(config)

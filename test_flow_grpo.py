@@ -1495,7 +1495,8 @@ def run(*options):
     ("--preset sd3.5-medium --batch_size 4", "no GPU.*--cpu"),
     ("--resolution 30", "resolution 30.*multiple of 4"), ("--resolution 68", "up to 64"),
     ("--model ./nowhere", "model ./nowhere.*hf auth login"),
-    ("--resume runs/no", "resume runs/no.*no checkpoint")])
+    ("--resume runs/no", "resume runs/no.*no checkpoint"),
+    ("--resume runs/no --preset geneval", "preset geneval.*keeps its own options")])
 def test_a_mistake_gives_one_clear_line_and_leaves_nothing(desk, options, says):
     problem = exits(run, *TINY, "--reward", "custom.py:ink", *options.split())
     assert re.search(says, problem)
