@@ -120,15 +120,15 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #   - The v of a network is only roughly that average. With guidance, or after training towards a
 #     reward, it is not even meant to be.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
-#     The std of this first step is then a, however small the step is, so x gets a little too noisy.
+#     The std of this first step is then equal to a, however small the step is, so x gets a little
+#     too noisy.
 #   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
 # CPS (coefficients-preserving sampling) has the opposite error. With keep^2 + std^2 = s^2 there is
-# never too much noise in x_next, and the images are not noisy. But noise_guess is an average, so it
-# varies less than the true noise. So x varies too little, and the images lose variety. Small steps
-# do not help, because each of them replaces as much noise as a large one. Near t = 1 hardly
-# anything is lost, as noise_guess is nearly the true noise there. The paper's results are with the
-# flow SDE, our default.
+# never too much noise in x_next, and the images are not noisy. But noise_guess is an average and
+# varies less than the true noise, so the images lose variety. Small steps replace as much noise as
+# large ones, so they do not help. Early steps lose little, because near t = 1 noise_guess is nearly
+# the true noise. The paper's results are with the flow SDE, our default.
 
 
 class Step(NamedTuple):
@@ -183,7 +183,7 @@ def gaussian_log_prob(x_next, mean, std):
     so do we. `clipped_loss` says what this means for the ratio.
 
     PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it. In
-    late steps of CPS it is so large that they would dominate the gradient, so use an early window.
+    late steps of CPS it is so large that they would dominate the gradient, so train early ones.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -197,9 +197,9 @@ def kl_penalty(mean, mean_ref, kl_scale):
     is called reward hacking. The KL penalty makes it expensive to move that far.
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
-    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean. With CPS it divides
-    by std^2. With the flow SDE it divides by sigma^2 instead of std^2 = sigma^2 * (t-s), which
-    makes the penalty weaker. We do the same.
+    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean. With the flow SDE it
+    also leaves out the factor t-s of std^2 = sigma^2 * (t-s), so the penalty is weaker. We do the
+    same.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -213,7 +213,7 @@ def group_advantages(scores, std_over="epoch"):
     the mean of a group instead: its images have the same prompt and come from the same policy.
 
     PAPER/CODE: The paper divides by the std of the group, the code by that of all images of the
-    epoch, which does not blow up a group of nearly equal rewards. The 1e-4 and the clamp are from
+    epoch, which does not enlarge tiny differences within a group. The 1e-4 and the clamp are from
     the code.
     """
     # In float64 the mean of equal float32 scores is exact, so their advantages are exactly 0.
@@ -237,13 +237,13 @@ def clipped_loss(ratio, advantages, clip_range):
     of an epoch it is 1, so the gradient is -advantage * grad(log_prob), a plain policy gradient.
     Later updates still use the images of the old policy, and clipping limits how far these can push
     the new one. The gradient is 0 once a positive advantage has pushed the ratio above the range,
-    or a negative one has pushed it below. A move in the wrong direction is never clipped.
+    or a negative one below it. A move in the wrong direction is never clipped.
 
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and the
-    end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. PPO's ratio
-    also reweights the samples of an old policy. Ours is too near 1 for that. It only decides when
-    to clip.
+    end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. So our
+    ratio stays too near 1 to reweight the samples of an old policy, as PPO's does. It only decides
+    when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -432,7 +432,7 @@ def check_ratio(ratio, clip_range, is_first):
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
     off = (ratio - 1).abs().max().item()
-    allowed = np.clip(clip_range / 2, 1e-5, 1e-4)
+    allowed = np.clip(clip_range / 2, 1e-5, 1e-4)  # room for rounding
     if is_first and off > allowed:
         sys.exit(f"before the first update a ratio is off by {off:.2g}, but it must be 1: sampling "
                  "and training do not compute the same thing (guidance? dropout?)")
@@ -760,9 +760,7 @@ class Policy:
         self.optimizer.zero_grad()
         self.updates_made += 1
         n = self.updates_made
-        is_due = n % self.config.ema_every == 0
-        is_off = self.config.ema_decay == 0  # then the average is a copy of the weights
-        if is_due or is_off:
+        if n % self.config.ema_every == 0:
             # The decay starts small, so that the average soon forgets the untrained weights (as in
             # the code's ema.py).
             decay = min(self.config.ema_decay, (1 + n) / (10 + n))
@@ -987,11 +985,11 @@ class Config:
     beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
     std_over: Literal["epoch", "group"] = "epoch"  # whose std divides the advantages
     lora_rank: int = 32  # alpha is twice the rank
-    ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0 is off
+    ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0: no average
     ema_every: int = 1  # updates between averagings
     # Images in one pass of the network, a matter of memory and speed. In bf16 it must divide the
-    # number of images that a process uses in an update. Otherwise the update would have smaller
-    # batches than sampling had, would round differently, and its first ratios would not be 1
+    # images that a process uses in an update, because batches of another size than in sampling are
+    # rounded differently, and the first ratios would not be 1
     batch_size: int = 64
     eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
     eval_per_prompt: int = 2  # images of each of them
@@ -1001,8 +999,8 @@ class Config:
 # beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.) The rest is from the code, but the
 # numbers of epochs and of images in a batch are ours.
 # PAPER/CODE: The code trains in fp16. We use bf16, which needs no scaling of the loss.
-# PAPER/CODE: In every 8th update the code, as configured for 32 GPUs, averages twice, with a decay
-# of 0.9. We do it once, with 0.9^2 = 0.81. (Once the decay has grown to 0.9, that is the same.)
+# PAPER/CODE: In every 8th update the code (as configured for 32 GPUs) averages twice, with a decay
+# of 0.9. We average once, with 0.9^2 = 0.81.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
