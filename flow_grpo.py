@@ -284,8 +284,9 @@ def choose_window(config, rng):
     many rewards can still compare them.
 
     A window of a few early steps leaves no such noise, and makes the update cheaper. Early steps
-    decide most of what an image shows. The authors found later (Flow-GRPO-Fast, with PickScore)
-    that two random steps are enough.
+    decide most of what an image shows. Late ones decide little, but have much larger gradients,
+    because log_prob divides by their small std. The authors found later (Flow-GRPO-Fast, with
+    PickScore) that two random steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)

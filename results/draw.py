@@ -22,6 +22,7 @@ import rewards  # noqa: E402
 
 # One color for one thing in all pictures (Okabe and Ito's, which color-blind people can tell apart)
 ODE, SDE, CPS, WRONG = "black", "#0072B2", "#E69F00", "#D55E00"
+TEXT, SCENES = "#009E73", "#CC79A7"
 
 
 def runs(name):
@@ -98,7 +99,9 @@ def denoising_table():
             (10, "1", "words/default", "time/T10"),
             (5, "1", "words/T5", "time/T5"),
             (40, "all but the last", "words/noisy-T40", "time/noisy-T40"),
-            (10, "all but the last", "words/noisy-T10", "time/noisy-T10")):
+            (10, "all but the last", "words/noisy-T10", "time/noisy-T10"),
+            (40, "all but the last, made equal", "equal/T40", "time/noisy-T40"),
+            (10, "all but the last, made equal", "equal/T10", "time/noisy-T10")):
         read = finals(words, "eval_accuracy")
         rows.append([steps, random_steps, spread(read), len(read), epoch_seconds(seconds)])
     write_table("denoising", header, rows)
@@ -357,29 +360,63 @@ def noise_left(times, window):
 
 
 def where_noise_decides(prompts=8, size=16):
-    """How much the rewards of a group differ if only one step is random, at each place in turn"""
-    figure = Figure(figsize=(8.8, 2.8), dpi=100, layout="constrained")
-    for axes, name, title in zip(figure.subplots(1, 2), ("ocr", "geneval"), ("text", "scenes")):
-        config = flow_grpo.Config(reward=name)
+    """How much the rewards of a group differ if only one step is random, at each place in turn, and
+    how large the gradient of each step is if all steps but the last are random
+    """
+    figure = Figure(figsize=(8.8, 2.9), dpi=100, layout="constrained")
+    text, scenes, gradients = figure.subplots(1, 3)
+    for axes, name, title, color in (
+            (text, "ocr", "text", TEXT), (scenes, "geneval", "scenes", SCENES)):
+        config = flow_grpo.Config(reward=name, group_size=size)
         policy = flow_grpo.load_policy(config)
         reward = rewards.load(name, "--reward")
         rows = rewards.load_prompts(config, "train")[:prompts]
         texts = [row["prompt"] for row in rows]
+        all_rows = flow_grpo.repeat_each(rows, size)
         first_seeds = flow_grpo.repeat_each(range(prompts), size)
         fresh_seeds = range(1000, 1000 + prompts * size)
+
+        def sample(window):
+            drawn = flow_grpo.rollout(policy, config, texts, first_seeds, 10, window, fresh_seeds)
+            scores = rewards.score(reward, drawn.images, all_rows)
+            return drawn, scores["reward"].reshape(prompts, size)
+
         stds = []
         for i in range(9):
-            window = range(i, i + 1)
-            drawn = flow_grpo.rollout(policy, config, texts, first_seeds, 10, window, fresh_seeds)
-            scores = rewards.score(reward, drawn.images, flow_grpo.repeat_each(rows, size))
-            stds.append(scores["reward"].reshape(prompts, size).std(1))
-        axes.plot(range(9), stds, color=SDE, alpha=0.25)
-        axes.plot(range(9), np.mean(stds, 1), "o-", color=SDE)
-        axes.set_title(f"{title}: a thin line is one of {prompts} prompts, the thick one their "
-                       "mean", fontsize=8)
-        axes.set_xlabel("which of the 10 steps is random (0 is the first)")
+            _, scores = sample(range(i, i + 1))
+            stds.append(scores.std(1))
+        axes.plot(range(9), stds, color=color, alpha=0.25)
+        axes.plot(range(9), np.mean(stds, 1), "o-", color=color)
+        axes.set_title(f"{title}, one step random", fontsize=9)
+        axes.set_xlabel("which of the 10 steps is random")
         axes.set_ylabel("std of the reward in a group")
+
+        drawn, scores = sample(range(9))
+        advantages = flow_grpo.group_advantages(torch.tensor(scores, dtype=torch.float32))
+        norms = gradient_norms(policy, config, drawn, advantages.flatten())
+        gradients.plot(range(9), norms, "o-", color=color, label=title)
+        print(f"{title}: the gradients of the 9 random steps have the norms", norms)
+    gradients.set_yscale("log")
+    gradients.set_title("all steps random but the last", fontsize=9)
+    gradients.set_xlabel("which of these steps")
+    gradients.set_ylabel("norm of its gradient")
+    gradients.legend(fontsize=8, frameon=False)
     save(figure, "where_noise_decides")
+
+
+def gradient_norms(policy, config, drawn, advantages):
+    """The norm of the gradient of each SDE step alone, before the first update"""
+    images = torch.arange(len(advantages))
+    norms = []
+    for k in range(len(drawn.window)):
+        pairs = torch.stack([images, torch.full_like(images, k)], 1)
+        for batch in pairs.split(config.batch_size):
+            policy_loss, _, _ = flow_grpo.losses(policy, config, drawn, advantages, batch)
+            (policy_loss.sum() / len(pairs)).backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.params])
+        norms.append(gradient.norm().item())
+        policy.optimizer.zero_grad()
+    return norms
 
 
 def pictures():

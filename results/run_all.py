@@ -56,6 +56,8 @@ RUNS = [  # name, options, seeds
     ("words/T5", f"{WORDS} --train_steps 5", THREE),
     ("words/noisy-T10", NOISY, THREE),
     ("words/noisy-T40", f"{NOISY} --train_steps 40", THREE),
+    ("equal/T10", NOISY, THREE),  # by equal_steps.py
+    ("equal/T40", f"{NOISY} --train_steps 40", THREE),
     ("time/T40", f"{FEW} --train_steps 40 --window 4", [0]),
     ("time/T10", FEW, [0]),
     ("time/T5", f"{FEW} --train_steps 5", [0]),
@@ -136,7 +138,8 @@ def curves(history, keys):
 def run(name, options, seed, file, threads):
     """One run, and its row in the file"""
     folder = "runs/" + f"{name}-seed{seed}".replace("/", "-")
-    command = f"flow_grpo.py {options} --seed {seed}"
+    script = "results/equal_steps.py" if name.startswith("equal/") else "flow_grpo.py"
+    command = f"{script} {options} --seed {seed}"
     start = time.time()
     stopped = (TOP / folder / "checkpoint.pt").exists()
     where = ["--resume", folder] if stopped else ["--name", Path(folder).name]
