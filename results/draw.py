@@ -100,8 +100,8 @@ def denoising_table():
             (5, "1", "words/T5", "time/T5"),
             (40, "all but the last", "words/noisy-T40", "time/noisy-T40"),
             (10, "all but the last", "words/noisy-T10", "time/noisy-T10"),
-            (40, "all but the last, made equal", "equal/T40", "time/noisy-T40"),
-            (10, "all but the last, made equal", "equal/T10", "time/noisy-T10")):
+            (40, "all but the last, weighted", "weighted/T40", "time/noisy-T40"),
+            (10, "all but the last, weighted", "weighted/T10", "time/noisy-T10")):
         read = finals(words, "eval_accuracy")
         rows.append([steps, random_steps, spread(read), len(read), epoch_seconds(seconds)])
     write_table("denoising", header, rows)

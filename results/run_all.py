@@ -56,8 +56,8 @@ RUNS = [  # name, options, seeds
     ("words/T5", f"{WORDS} --train_steps 5", THREE),
     ("words/noisy-T10", NOISY, THREE),
     ("words/noisy-T40", f"{NOISY} --train_steps 40", THREE),
-    ("equal/T10", NOISY, THREE),  # by equal_steps.py
-    ("equal/T40", f"{NOISY} --train_steps 40", THREE),
+    ("weighted/T10", NOISY, THREE),  # by weighted_steps.py
+    ("weighted/T40", f"{NOISY} --train_steps 40", THREE),
     ("time/T40", f"{FEW} --train_steps 40 --window 4", [0]),
     ("time/T10", FEW, [0]),
     ("time/T5", f"{FEW} --train_steps 5", [0]),
@@ -138,7 +138,7 @@ def curves(history, keys):
 def run(name, options, seed, file, threads):
     """One run, and its row in the file"""
     folder = "runs/" + f"{name}-seed{seed}".replace("/", "-")
-    script = "results/equal_steps.py" if name.startswith("equal/") else "flow_grpo.py"
+    script = "results/weighted_steps.py" if name.startswith("weighted/") else "flow_grpo.py"
     command = f"{script} {options} --seed {seed}"
     start = time.time()
     stopped = (TOP / folder / "checkpoint.pt").exists()

@@ -1,0 +1,31 @@
+"""flow_grpo.py with the loss of each SDE step multiplied by its std^2
+
+  python results/weighted_steps.py OPTIONS
+
+If all steps but the last are random, the gradients of the late ones are by far the largest (see
+where_noise_decides.png). With these weights the early ones count about as much with 10 steps, and
+more with 40. The official code does nearly this for CPS, whose log_prob it does not divide by
+2 * std^2. The KL penalty is not weighted. GRPO-Guard (arXiv 2510.22319) has another remedy.
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import flow_grpo  # noqa: E402
+
+losses = flow_grpo.losses
+
+
+def weighted_losses(policy, config, drawn, advantages, batch):
+    policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
+    all_steps = torch.tensor(drawn.window)
+    std = flow_grpo.make_step(drawn.times, all_steps, config.noise_level, config.sde).std
+    weights = (std**2 / (std**2).mean()).flatten()  # 1 on average
+    _, k = batch.unbind(1)
+    return policy_loss * weights[k], kl, ratio
+
+
+flow_grpo.losses = weighted_losses
+flow_grpo.main()
