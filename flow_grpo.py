@@ -86,8 +86,8 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
     library.utils.logging.disable_progress_bar()
 
 # ------------------------------------------------------------------------------ 1. the mathematics
-# All of this is in float32, even if the network runs in bf16: the update compares probabilities
-# whose ratio differs from 1 by about 0.0001, and bf16 would round it to exactly 1.
+# All of this is in float32 or better, even if the network runs in bf16: the update compares
+# probabilities whose ratio differs from 1 by about 0.0001, and bf16 would round it to exactly 1.
 #
 # Many pairs of data and noise give the same x, so the best v that the network can predict is the
 # average of noise - data over all of them. From x and v we get estimates of the data and the noise:
@@ -241,9 +241,9 @@ def clipped_loss(ratio, advantages, clip_range):
 
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and the
-    end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. So our
-    ratio stays too near 1 to reweight the samples of an old policy, as PPO's does. It only decides
-    when to clip.
+    end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. So unlike
+    PPO's, our ratio stays too near 1 to reweight the samples of an old policy. It only decides when
+    to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -284,9 +284,9 @@ def choose_window(config, rng):
     many rewards can still compare them.
 
     A window of a few early steps leaves no such noise, and makes the update cheaper. Early steps
-    decide most of what an image shows. Late ones decide little, but have much larger gradients,
-    because log_prob divides by their small std. The authors found later (Flow-GRPO-Fast, with
-    PickScore) that two random steps are enough.
+    decide most of what an image shows. Late ones decide little, but in the toy they have by far the
+    largest gradients. The authors found later (Flow-GRPO-Fast, with PickScore) that two random
+    steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -390,7 +390,7 @@ def update(policy, config, drawn, advantages):
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
         "ratio_deviation": moved.abs().max(),  # the largest distance of a ratio from 1
-        # The shares of ratios below and above the clip range. In the first update there are none.
+        # The shares of ratios below and above the clip range
         "clip_low": too_low.float().mean(),
         "clip_high": too_high.float().mean(),
         "grad_norm": np.mean(norms),
@@ -761,7 +761,8 @@ class Policy:
         self.optimizer.zero_grad()
         self.updates_made += 1
         n = self.updates_made
-        if n % self.config.ema_every == 0:
+        no_average = self.config.ema_decay == 0  # then self.average is a copy of the weights
+        if no_average or n % self.config.ema_every == 0:
             # The decay starts small, so that the average soon forgets the untrained weights (as in
             # the code's ema.py).
             decay = min(self.config.ema_decay, (1 + n) / (10 + n))
@@ -1057,7 +1058,7 @@ def parse_config(argv=None):
     first_reward = list(rewards.parse(config.reward, "--reward"))[0]
     if config.resume:
         if preset:
-            sys.exit(f"--preset {preset}: a run to --resume keeps its own options")
+            sys.exit(f"--preset {preset}: not with --resume, which keeps the options of its run")
         config = parse(read_checkpoint(config.resume)["options"])
     elif preset:
         if preset not in PRESETS:

@@ -746,7 +746,7 @@ def test_the_gradient_is_clipped_at_1_and_its_norm_before_that_is_returned(monke
     (dict(ema_every=1), [1 - 2 / 11]),  # the decay is (1 + n) / (10 + n), this update counted
     (dict(ema_every=2), [0, 2 * (1 - 3 / 12), 2 * (1 - 3 / 12)]),
     (dict(ema_decay=0.1), [1 - 0.1]),
-    (dict(ema_decay=0.0), [1, 2])])  # off: the weights themselves
+    (dict(ema_decay=0.0, ema_every=3), [1, 2])])  # off: the weights themselves
 def test_the_decay_of_the_average_grows_up_to_ema_decay(monkeypatch, options, expected):
     """How far it has come, when every update adds 1 to all weights"""
     policy = small_policy(**options)
@@ -1471,9 +1471,9 @@ PICTURES = Path(FOLDERS.name, "pictures")  # a dataset
 PICTURES.mkdir()
 (PICTURES / "train.txt").write_text("a red circle\na cat\na blue house\n")
 (PICTURES / "test.txt").write_text("a green square\na dog\na tree\n")
-TINY = (f"--model {TINY_SD3} --dataset {PICTURES} --resolution 32 --groups 2 --group_size 4 --eval_prompts 2 "
-        "--eval_steps 2 --train_steps 4 --window 1 --latest_start 1 --no-same_noise --beta 0.1 "
-        "--learning_rate 1.5e-3 --epochs 1").split()
+TINY = (f"--model {TINY_SD3} --dataset {PICTURES} --resolution 32 --groups 2 --group_size 4 "
+        "--eval_prompts 2 --eval_steps 2 --train_steps 4 --window 1 --latest_start 1 "
+        "--no-same_noise --beta 0.1 --learning_rate 1.5e-3 --epochs 1").split()
 
 
 def run(*options):
@@ -1496,7 +1496,7 @@ def run(*options):
     ("--resolution 30", "resolution 30.*multiple of 4"), ("--resolution 68", "up to 64"),
     ("--model ./nowhere", "model ./nowhere.*hf auth login"),
     ("--resume runs/no", "resume runs/no.*no checkpoint"),
-    ("--resume runs/no --preset geneval", "preset geneval.*keeps its own options")])
+    ("--resume runs/no --preset geneval", "preset geneval: not with --resume")])
 def test_a_mistake_gives_one_clear_line_and_leaves_nothing(desk, options, says):
     problem = exits(run, *TINY, "--reward", "custom.py:ink", *options.split())
     assert re.search(says, problem)
@@ -1649,6 +1649,8 @@ def test_a_run_writes_what_the_readme_says(whole_run):
     saved = torch.load(folder / "checkpoint.pt")
     assert json.loads((folder / "config.json").read_text()) == saved["options"]
     assert saved["optimizer"]["param_groups"][0]["lr"] == 1.5e-3
+    steps = {int(state["step"]) for state in saved["optimizer"]["state"].values()}
+    assert steps == {saved["updates"]} == {4}  # one optimizer makes all updates
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         assert 0 < json.loads(line)["seconds"] < 60
 

@@ -376,14 +376,14 @@ def where_noise_decides(prompts=8, size=16):
         first_seeds = flow_grpo.repeat_each(range(prompts), size)
         fresh_seeds = range(1000, 1000 + prompts * size)
 
-        def sample(window):
+        def drawn_and_scored(window):
             drawn = flow_grpo.rollout(policy, config, texts, first_seeds, 10, window, fresh_seeds)
             scores = rewards.score(reward, drawn.images, all_rows)
             return drawn, scores["reward"].reshape(prompts, size)
 
         stds = []
         for i in range(9):
-            _, scores = sample(range(i, i + 1))
+            _, scores = drawn_and_scored(range(i, i + 1))
             stds.append(scores.std(1))
         axes.plot(range(9), stds, color=color, alpha=0.25)
         axes.plot(range(9), np.mean(stds, 1), "o-", color=color)
@@ -391,7 +391,7 @@ def where_noise_decides(prompts=8, size=16):
         axes.set_xlabel("which of the 10 steps is random")
         axes.set_ylabel("std of the reward in a group")
 
-        drawn, scores = sample(range(9))
+        drawn, scores = drawn_and_scored(range(9))
         advantages = flow_grpo.group_advantages(torch.tensor(scores, dtype=torch.float32))
         norms = gradient_norms(policy, config, drawn, advantages.flatten())
         gradients.plot(range(9), norms, "o-", color=color, label=title)
