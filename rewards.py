@@ -2,16 +2,17 @@
 
     reward(images: list[PIL.Image], prompts: list[str], metadata: list[dict]) -> list[float]
 
-`--reward` takes a name from REWARDS below, your own "file.py:function", or a weighted sum of these,
-"ocr:1,pickscore:0.5". REWARDS holds factories: they load the models and return the reward, so only
-what is asked for gets loaded. metadata are the rows of the dataset, which contain the prompts.
+metadata are the rows of the dataset, which contain the prompts. `--reward` takes a name from
+REWARDS below, your own "file.py:function", or a weighted sum of these, "ocr:1,pickscore:0.5". Your
+function is the reward itself. REWARDS holds factories: they load the models and return the reward,
+so only what is asked for gets loaded. "The paper" is Flow-GRPO (arXiv 2505.05470), "official" means
+github.com/yifan123/flow_grpo.
 
 A reward may have an attribute `check`, a function of all prompts and metadata. It is called before
 training and raises RewardError for a prompt that the reward cannot judge. Scores are never made up:
 if a reward fails, the run stops. (ImageReward is missing: its package needs an old transformers.)
 """
 import importlib
-import itertools
 import json
 import math
 import os
@@ -77,8 +78,8 @@ def ocr():
 def quoted(prompt):
     """The text between the prompt's first two double quotes
 
-    A quote that is not a quotation mark would shift them: an odd number of quotes, as in 12" for
-    inches, or a backslash before one. No official prompt has either.
+    A stray quote, as in 12" for inches, would mark the wrong text. So an odd number of quotes, or a
+    backslash before one, is refused. No official prompt has either.
     """
     parts = prompt.split('"')
     if len(parts) < 3 or not parts[1].strip():
@@ -91,10 +92,12 @@ def quoted(prompt):
 
 
 def text_score(text, target, distance):
-    """Case and spaces do not count, nor what is beside a target that is whole (official ocr.py)."""
+    """Case and spaces do not count, and more text around a complete target does no harm (official
+    ocr.py).
+    """
     if not target.isascii():
-        # PAPER/CODE: The official code compares the characters as they are, so that a target with a
-        # curly apostrophe could never be right: the engine reads a straight one.
+        # PAPER/CODE: The official code compares all characters as they are. A target with a curly
+        # apostrophe could then never be right, because the engine reads a straight one.
         text = plain(text)
         target = plain(target)
     text = without_spaces(text).lower()
@@ -109,7 +112,9 @@ def without_spaces(text):
 
 
 def plain(text):
-    """One form for characters that look alike: full width, ligatures, accents, curly quotes"""
+    """One form for characters that look alike: full width, ligatures, curly quotes, and accented
+    letters, which can be one character or two
+    """
     straight = str.maketrans("\u2018\u2019\u201b\u201c\u201d\u201f", "'''\"\"\"")
     return unicodedata.normalize("NFKC", text).translate(straight)
 
@@ -154,9 +159,11 @@ def count_term(objects, count):
 
 def all_are(relation, objects, references):
     """Whether every object has this relation to every reference. Without a reference none has."""
-    pairs = itertools.product(objects, references)
-    held = [relation in relations(thing["box"], other["box"]) for thing, other in pairs]
-    return bool(references) and all(held)
+    for thing in objects:
+        for reference in references:
+            if relation not in relations(thing["box"], reference["box"]):
+                return False
+    return len(references) > 0
 
 
 def relations(box, reference):
@@ -166,7 +173,7 @@ def relations(box, reference):
     What is left of it, divided by the whole distance, must be above 0.5 towards the side. Boxes:
     (left, top, right, bottom) in pixels.
     """
-    box = np.reshape(box, (2, 2))
+    box = np.reshape(box, (2, 2))  # [[left, top], [right, bottom]]
     reference = np.reshape(reference, (2, 2))
     offset = box.mean(0) - reference.mean(0)
     sizes = box[1] - box[0] + reference[1] - reference[0]
@@ -174,8 +181,16 @@ def relations(box, reference):
     if np.abs(beyond).max() < 1e-3:
         return set()
     x, y = beyond / np.linalg.norm(offset)
-    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return {relation for relation, true in holds.items() if true}
+    holds = set()
+    if x < -0.5:
+        holds.add("left of")
+    if x > 0.5:
+        holds.add("right of")
+    if y < -0.5:
+        holds.add("above")
+    if y > 0.5:
+        holds.add("below")
+    return holds
 
 
 def check_metadata(prompts, metadata, classes, colors):
@@ -190,7 +205,8 @@ def check_metadata(prompts, metadata, classes, colors):
             count = asked.get("count")
             color = asked.get("color")
             if name not in classes or (color and color not in colors):
-                hint = "; geneval_photo knows it" if name in PHOTO_CLASSES else ""
+                is_photo = name in PHOTO_CLASSES and name not in classes
+                hint = "; geneval_photo knows it" if is_photo else ""
                 raise RewardError(f"{who} asks for {color or 'a'} {name}{hint}; "
                                   f"the detector knows {', '.join(classes)}; {', '.join(colors)}")
             if type(count) is not int or count < 1:
@@ -212,7 +228,10 @@ def scene_reward(judge, classes, colors):
     def reward(images, prompts, metadata):
         check_metadata(prompts, metadata, classes, colors)
         return [judge(image, row) for image, row in zip(images, metadata)]
-    reward.check = partial(check_metadata, classes=classes, colors=colors)
+
+    def check(prompts, metadata):
+        check_metadata(prompts, metadata, classes, colors)
+    reward.check = check
     return reward
 
 
@@ -282,7 +301,7 @@ def load_detector(name):
 
 def name_color(embed, image, thing):
     """The one of PHOTO_COLORS that CLIP sees in an object."""
-    gray = Image.new("RGB", image.size, (153, 153, 153))
+    gray = Image.new("RGB", image.size, "#999999")  # as in GenEval
     alone = Image.composite(image.convert("RGB"), gray, thing["mask"]).crop(thing["box"])
     kind = thing["class"]
     phrases = []
@@ -329,7 +348,7 @@ def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
     layers = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
     def reward(images, prompts, metadata):
         x, _ = embed(images, prompts)
-        for layer in layers:  # between them were only dropouts
+        for layer in layers:  # there are no activations between them
             x = torch.nn.functional.linear(x, state[f"{layer}.weight"], state[f"{layer}.bias"])
         return x[:, 0].tolist()
     return reward
@@ -368,7 +387,7 @@ def load_clip(name, processor):
 
 # ---------------------------------------------------------------------- only for --eval_reward
 def diversity():
-    """How far an image is from the others of its prompt: the rms of pixel differences, 0 to 1."""
+    """How far an image is from the others of its prompt on average: rms of the pixels, 0 to 1."""
     def reward(images, prompts, metadata):
         pixels = [np.asarray(image, float) / 255 for image in images]
         scores = []
@@ -401,8 +420,8 @@ REWARDS = {
     "toy_inks": partial(toy, "toy_inks"),
     "diversity": diversity,
 }
-# For these a score of 1 means that the image is entirely right, so an accuracy is measured. Ours is
-# stricter than GenEval's, which accepts more of an object than asked for in all tasks but counting.
+# For these a score of 1 means that the image is entirely right, so an accuracy is measured. That of
+# GenEval accepts extra objects except when counting. Ours does not.
 HAVE_A_RIGHT_ANSWER = ("ocr", "geneval", "geneval_photo")
 
 
@@ -410,7 +429,8 @@ def load_prompts(config, split):
     """-> a list of dicts, each with a "prompt"
 
     As in the official repository, a dataset is a folder with a train.txt that has a prompt on each
-    line, or a train_metadata.jsonl that has such a dict on each line. The same for test.
+    line, or a train_metadata.jsonl that has such a dict on each line. The same for test. Without
+    --dataset, the toy has words for a --reward that contains ocr, and scenes for all others.
     """
     toy_task = "ocr" if "ocr" in parse(config.reward, "--reward") else "geneval"
     folder = Path(config.dataset or f"{TOY}/{toy_task}")
@@ -431,14 +451,15 @@ def load_prompts(config, split):
             row = {"prompt": line}
         else:
             row = read_row(line, f"{where}{path.name} line {number}")
-        rows.append(row | {"prompt": row["prompt"].strip()})
+        row["prompt"] = row["prompt"].strip()
+        rows.append(row)
     if len(rows) < PartialState().num_processes:
         raise RewardError(f"{where}{path.name} must have a prompt for each process")
     return rows
 
 
 def read_row(line, where):
-    """A line of JSON -> a dict, without the keys whose value is null: tables write many of them."""
+    """A line of JSON -> a dict without the keys whose value is null, which some exporters write"""
     def without_nulls(pairs):
         return {key: value for key, value in pairs if value is not None}
     try:
@@ -522,7 +543,7 @@ def import_function(name, option):
 
 
 def check(loaded, rows):
-    """What could go wrong in the middle of the night is tried now: all prompts, and two images."""
+    """Try now what could fail late in a run: the check of all prompts, and scores of two images."""
     for name, (reward, _) in loaded.items():
         if hasattr(reward, "check"):
             try:
@@ -536,7 +557,7 @@ def check(loaded, rows):
 def score(loaded, images, rows):
     """The scores of all processes' images: {"reward/ocr": [B], ..., "reward": the weighted sum}
 
-    images and rows are those of this process. The scores of the others are gathered behind them.
+    images and rows are those of this process. The scores come in the order of the processes.
     """
     prompts = [row["prompt"] for row in rows]
     scores = {}
