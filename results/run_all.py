@@ -1,4 +1,4 @@
-"""The runs behind results/README.md, about six hours on 2 cores
+"""The runs behind results/README.md, about six and a half hours on 2 cores
 
   python results/run_all.py                # those that results/runs.jsonl lacks
   python results/run_all.py FILE           # those that FILE lacks: all of them, if it is new
