@@ -89,8 +89,9 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 # All of this is in float32 or better, even if the network runs in bf16: the update compares
 # probabilities whose ratio differs from 1 by about 0.0001, and bf16 would round it to exactly 1.
 #
-# Many pairs of data and noise give the same x, so the best v that the network can predict is the
-# average of noise - data over all of them. From x and v we get estimates of the data and the noise:
+# Many pairs of data and noise give the same x, so the best v that the network can predict, with the
+# least squared error, is the average of noise - data over all of them. From x and v we get
+# estimates of the data and the noise:
 #
 #     data_guess = x - t * v          noise_guess = x + (1-t) * v
 #
@@ -112,23 +113,22 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #   2. It keeps less of noise_guess, which moves x by -std^2 / (2t) * noise_guess. This sharpens p.
 #      Because noise_guess is -t * grad(log p) (Tweedie's formula, equation 27 of the paper), the
 #      move is m = std^2 / 2 * grad(log p), to where x is more likely. A move m changes p by
-#      -div(p * m). As grad(log p) is grad(p) / p, here p * m is std^2 / 2 * grad(p). So p changes
-#      by -std^2 / 2 * laplacian(p).
+#      -div(p * m). Because p * grad(log p) = grad(p), here p * m is std^2 / 2 * grad(p). So p
+#      changes by -std^2 / 2 * laplacian(p).
 #
 # Appendix A of the paper has the proof. In practice the distributions are only roughly the same:
 #
-#   - The v of a network is only roughly that average. With guidance, or after training towards a
+#   - The v of a network is only roughly the best one. With guidance, or after training towards a
 #     reward, it is not even meant to be.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
-#     The std of this first step is then equal to a, however small the step is, so x gets a little
-#     too noisy.
+#     The std of this step is then equal to a, even if the step is tiny, so x gets a bit too noisy.
 #   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
 # CPS (coefficients-preserving sampling) has the opposite error. With keep^2 + std^2 = s^2 there is
 # never too much noise in x_next, and the images are not noisy. But noise_guess is an average and
-# varies less than the true noise, so the images lose variety. Small steps replace as much noise as
-# large ones, so they do not help. Early steps lose little, because near t = 1 noise_guess is nearly
-# the true noise. The paper's results are with the flow SDE, our default.
+# varies less than the true noise, so the images lose variety. Smaller steps do not help: the std of
+# CPS does not depend on t-s. Early steps lose little, because near t = 1 noise_guess is nearly the
+# true noise. The paper's results are with the flow SDE, our default.
 
 
 class Step(NamedTuple):
@@ -182,8 +182,8 @@ def gaussian_log_prob(x_next, mean, std):
     PAPER/CODE: log p(x_next) is a sum over all D dimensions. The code takes their mean instead, and
     so do we. `clipped_loss` says what this means for the ratio.
 
-    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it. In
-    late steps of CPS it is so large that they would dominate the gradient, so train early ones.
+    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it. It
+    makes late steps of CPS dominate the gradient, so train early ones.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -198,7 +198,7 @@ def kl_penalty(mean, mean_ref, kl_scale):
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean. With the flow SDE it
-    also leaves out the factor t-s of std^2 = sigma^2 * (t-s), so the penalty is weaker. We do the
+    also divides by sigma^2 instead of std^2 = sigma^2 * (t-s), so the penalty is weaker. We do the
     same.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
@@ -242,7 +242,7 @@ def clipped_loss(ratio, advantages, clip_range):
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and the
     end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. So unlike
-    PPO's, our ratio stays too near 1 to reweight the samples of an old policy. It only decides when
+    PPO's, our ratio is too near 1 to correct for the samples of an old policy. It only decides when
     to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -279,13 +279,13 @@ def choose_window(config, rng):
 
     With the flow SDE and `window` 0, images of ten steps are visibly noisy, because of the last
     step but one. At a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds
-    noise of std 0.225, although x should contain only 0.009. The last step cannot remove it: a step
-    from t = 0.009 takes away noise of 0.009 only. But all images of a group are equally noisy, so
-    many rewards can still compare them.
+    noise of std 0.225, although x should contain only 0.009. The last step, from t = 0.009, removes
+    noise of 0.009 only. But all images of a group are equally noisy, so many rewards can still
+    compare them.
 
     A window of a few early steps leaves no such noise, and makes the update cheaper. Early steps
-    decide most of what an image shows. Late ones decide little, but in the toy they have by far the
-    largest gradients. The authors found later (Flow-GRPO-Fast, with PickScore) that two random
+    decide most of what an image shows. Late ones decide little, but in the toy their gradients
+    drown the others. The authors found later (Flow-GRPO-Fast, with PickScore) that two random
     steps are enough.
     """
     if config.window == 0:
@@ -377,7 +377,7 @@ def update(policy, config, drawn, advantages):
             policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
             check_ratio(ratio, config.clip_range, is_first=update_number == 0)
             loss = policy_loss + config.beta * kl
-            # Over all batches and processes these add up to the gradient of the mean of all pairs.
+            # Over all batches and processes these add up to the gradient of the mean loss.
             (loss.sum() / pairs_of_all_processes).backward()
             kls.append(kl.detach())
             ratios.append(ratio.detach())
@@ -417,7 +417,8 @@ def losses(policy, config, drawn, advantages, batch):
     ratio = torch.exp(log_prob - old_log_prob)
     policy_loss = clipped_loss(ratio, advantage, config.clip_range)
 
-    # With a beta of 0 the KL is still measured, to see how far the policy has moved.
+    # reference() turns the LoRA off. With a beta of 0 the KL is only measured, to see how far the
+    # policy has moved.
     with torch.no_grad(), policy.reference():
         v_ref = policy.velocity(x, step.t, condition)
     mean_ref = sde_mean(x, v_ref, step)
@@ -463,7 +464,7 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
     chosen = rng.sample(pool, groups)
     first_seeds = [rng.getrandbits(60) for _ in range(groups * size)]
     fresh_seeds = [rng.getrandbits(60) for _ in range(groups * size)]
-    if config.same_noise:  # each group starts from one first noise, and only its SDE steps differ
+    if config.same_noise:  # so only the SDE steps, which are trained, make a difference in a group
         first_seeds = repeat_each(first_seeds[:groups], size)
     window = choose_window(config, rng)
 
@@ -572,9 +573,9 @@ def train(config):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Late in a run, nearly all groups may have equal scores. Then little but the KL penalty
-            # is left, and each update is a step back to the base model. A falling learning rate
-            # makes these steps small.
+            # Late in a run, nearly all groups may have equal scores. Then mostly the KL penalty is
+            # left, which Adam turns into full steps back to the base model. A falling learning rate
+            # makes them small.
             learning_rate = config.learning_rate
             if config.lr_decay:
                 learning_rate *= 1 - (epoch - 1) / config.epochs
