@@ -1008,7 +1008,8 @@ def cross(position):
     ([CIRCLE, cross(["left of", 1])], "comes before"),  # itself
     ([CIRCLE, cross(["left of", -1])], "comes before"),
     ([CIRCLE, cross(["left of", "0"])], "comes before"),
-    ([CIRCLE, cross(["left of"])], "[relation, ")])
+    ([CIRCLE, cross(["left of"])], "[relation, "),
+    ([CIRCLE, cross(1)], "[relation, ")])
 def test_a_scene_that_cannot_be_judged_is_refused(include, says):
     rows = [{"include": include}]
     problem = exits(rewards.check_metadata, ["bad"], rows, world.SHAPES, world.COLORS)
