@@ -242,8 +242,8 @@ def clipped_loss(ratio, advantages, clip_range):
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and the
     end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. So unlike
-    PPO's, our ratio is too near 1 to correct for the samples of an old policy. It only decides when
-    to clip.
+    PPO's, our ratio is too near 1 to correct for samples of an old policy. It only decides when to
+    clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)

@@ -205,8 +205,9 @@ def check_metadata(prompts, metadata, classes, colors):
             count = asked.get("count")
             color = asked.get("color")
             if name not in classes or (color and color not in colors):
-                is_photo = name in PHOTO_CLASSES and name not in classes
-                hint = "; geneval_photo knows it" if is_photo else ""
+                hint = ""
+                if name in PHOTO_CLASSES and name not in classes:
+                    hint = "; geneval_photo knows it"
                 raise RewardError(f"{who} asks for {color or 'a'} {name}{hint}; "
                                   f"the detector knows {', '.join(classes)}; {', '.join(colors)}")
             if type(count) is not int or count < 1:

@@ -1294,6 +1294,8 @@ def test_geneval_photo_refuses_what_it_cannot_know(models, photo_reward, tmp_pat
     clip, _ = models
     problem = exits(photo_reward.check, ["p"], [scene(wanted("sofa"))])
     assert "the prompt 'p' asks for a sofa;" in problem and "couch" in problem
+    problem = exits(photo_reward.check, ["p"], [scene(wanted("cup", color="silver"))])
+    assert "silver cup" in problem and "geneval_photo" not in problem
     tiny.detector(tmp_path, {0: "cat", 1: "dog"})
     problem = exits(rewards.geneval_photo, str(tmp_path), clip)
     assert "has 2 labels" in problem and "COCO's 80" in problem

@@ -3,10 +3,9 @@
   python results/weighted_steps.py OPTIONS
 
 If all steps but the last are random, the gradients of the late ones are by far the largest (see
-where_noise_decides.png). With these weights the first step counts most: 2 times as much as the last
-with 10 steps, 6 times with 40. The official code does nearly this for CPS, whose log_prob it does
-not divide by 2 * std^2. The KL penalty is not weighted. GRPO-Guard (arXiv 2510.22319) has another
-remedy.
+where_noise_decides.png). With these weights the early ones count more than the late ones. The
+official code does nearly this for CPS, whose log_prob it does not divide by 2 * std^2. The KL
+penalty is not weighted. GRPO-Guard (arXiv 2510.22319) has another remedy.
 """
 import sys
 from pathlib import Path
