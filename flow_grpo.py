@@ -48,6 +48,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -70,7 +71,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from diffusers.utils.torch_utils import randn_tensor
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
@@ -520,25 +521,13 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
     scores = rewards.score(eval_rewards, drawn.images, repeat_each(rows, n))  # of all processes
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
-    first_reward = list(eval_rewards)[0]  # the first of --reward
-    if first_reward in rewards.HAVE_A_RIGHT_ANSWER:  # OCR and GenEval
-        right = scores[f"reward/{first_reward}"] == 1
-        metrics["eval_accuracy"] = right.mean()
-        metrics |= accuracy_by_tag(right, repeat_each(test_set, n))
+    # For OCR and GenEval also the share of images that are entirely right
+    metrics |= rewards.accuracy(scores, repeat_each(test_set, n))
     # Only the first image of each prompt is kept. save_images gathers those of all processes.
     first_images = drawn.images[::n]
     first_scores = scores["reward"][::n]
     save_images(first_images, test_set, first_scores, folder)
     return metrics
-
-
-def accuracy_by_tag(right, rows):
-    """The share of right images for each tag. For GenEval this is the task."""
-    right_by_tag = {}
-    for is_right, row in zip(right, rows):
-        if "tag" in row:
-            right_by_tag.setdefault(row["tag"], []).append(is_right)
-    return {f"eval_accuracy/{tag}": np.mean(right_by_tag[tag]) for tag in sorted(right_by_tag)}
 
 
 def train(config):
@@ -554,7 +543,9 @@ def train(config):
             eval_rewards[name] = (function, 0)
     rewards.check(eval_rewards, train_set + test_set)
     policy = load_policy(config)
-    warn_about_prompts(policy, config, train_set + test_set)
+    all_prompts = [row["prompt"] for row in train_set + test_set]
+    for warning in rewards.warnings(policy.tokenizer, config.max_sequence_length, all_prompts):
+        say(warning)
     folder = claim_folder(config)
     history = []  # the metrics of each epoch
     if config.resume:
@@ -625,6 +616,9 @@ class Policy:
         encoders = [part for name, part in pipe.components.items()
                     if "text_encoder" in name and part is not None]
         self.encoders = torch.nn.ModuleList(encoders)
+        tokenizers = [part for name, part in pipe.components.items()
+                      if "tokenizer" in name and part is not None]
+        self.tokenizer = tokenizers[-1]  # that of T5 or Gemma. CLIP's come before
         pipe.vae.to(WORLD.device)
         pipe.transformer.to(WORLD.device)
         if config.gradient_checkpointing:
@@ -913,27 +907,6 @@ def load_policy(config):
     if config.resolution % unit or config.resolution > largest:
         sys.exit(f"--resolution {config.resolution} must be a multiple of {unit}, up to {largest}")
     return policy
-
-
-def warn_about_prompts(policy, config, rows):
-    """Prompts of which the model does not see everything: too long, or with unknown words"""
-    parts = policy.pipe.components.items()
-    tokenizers = [part for name, part in parts if "tokenizer" in name and part]
-    tokenizer = tokenizers[-1]  # that of T5 or Gemma. CLIP, which comes before, sees less
-    prompts = [row["prompt"] for row in rows]
-    long = []
-    unknown = []
-    for prompt, ids in zip(prompts, tokenizer(prompts).input_ids):
-        if len(ids) > config.max_sequence_length:
-            long.append(prompt)
-        if tokenizer.unk_token_id in ids:
-            unknown.append(prompt)
-    if long:
-        say(f"warning: {len(long)} prompts are longer than --max_sequence_length "
-            f"{config.max_sequence_length} and get cut off, such as {long[0]!r}")
-    if unknown:
-        say(f"warning: {len(unknown)} prompts have words that the model does not know, "
-            f"such as {unknown[0]!r}")
 
 
 # -------------------------------------------------------------------------------------- 6. options
@@ -1239,20 +1212,8 @@ def report(config, folder, history, accelerator):
             draw_curve(folder, history)
             draw_before_after(folder)
             draw_film(folder)
-            log_picture(accelerator, folder / "before_after.png", epoch)
         except Exception as error:  # whatever happened to the files: no picture may stop a run
             say(f"warning: no pictures this time: {error!r}")
-
-
-def log_picture(accelerator, path, epoch):
-    """A picture for the trackers that show pictures"""
-    for tracker in accelerator.trackers:
-        picture = Image.open(path).convert("RGB")
-        if tracker.name == "tensorboard":
-            pixels = np.asarray(picture)[None]
-            tracker.log_images({path.stem: pixels}, epoch, dataformats="NHWC")
-        elif tracker.name in ("wandb", "swanlab"):
-            tracker.log_images({path.stem: [picture]}, epoch)
 
 
 def summary(folder, history):
@@ -1306,36 +1267,24 @@ def draw_before_after(folder):
         titles.append(textwrap.fill(title, 44))
     longest = max(title.count("\n") + 1 for title in titles)  # in lines
     lines = math.ceil(len(titles) / 3)
-    figure = Figure(figsize=(8.8, lines * (1.5 + 0.15 * longest)), layout="constrained")
+    figure = Figure(figsize=(8.8, 0.3 + lines * (1.5 + 0.15 * longest)), layout="constrained")
+    figure.suptitle(f"before training and after epoch {int(folders[-1].name)}")
     for number, (before, after) in enumerate(zip(images_before, images_after)):
         gap = Image.new("RGB", (before.width // 24, before.height), "white")
         plot = figure.add_subplot(lines, 3, number + 1)
         plot.set_axis_off()
         plot.imshow(np.hstack([before, gap, after]))
         plot.set_title(titles[number], fontsize=8, parse_math=False)
-    figure.savefig(folder / "before_after.png", bbox_inches="tight")  # no line of a title is lost
+    figure.savefig(folders[-1] / "before_after.png")  # a frame of the film
+    shutil.copy(folders[-1] / "before_after.png", folder)
 
 
 def draw_film(folder):
-    """The same images at up to 12 evaluations -> film.gif"""
-    size = 160
+    """The pictures of up to 12 evaluations -> film.gif"""
     folders = evaluations(folder)
-    frames = min(12, len(folders))
-    places = np.linspace(0, len(folders) - 1, frames).round().astype(int)
-    sheets = []
-    for place in places:
-        images, rows = read_images(folders[place])
-        mean_score = np.mean([row["score"] for row in rows])
-        title = f"epoch {int(folders[place].name)}: mean score {mean_score:.2f}"
-        height = math.ceil(len(images) / 4) * size + 24
-        sheet = Image.new("RGB", (4 * size, height), "white")
-        ImageDraw.Draw(sheet).text((6, 2), title, "black", font_size=18)
-        for number, image in enumerate(images):
-            row, column = divmod(number, 4)
-            corner = (column * size, row * size + 24)
-            sheet.paste(image.resize((size - 4, size - 4)), corner)
-        sheets.append(sheet)
-    sheets[0].save(folder / "film.gif", save_all=True, append_images=sheets[1:], duration=1000,
+    places = np.linspace(0, len(folders) - 1, min(12, len(folders))).round().astype(int)
+    frames = [Image.open(folders[place] / "before_after.png") for place in places]
+    frames[0].save(folder / "film.gif", save_all=True, append_images=frames[1:], duration=1000,
                    loop=0)
 
 

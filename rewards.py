@@ -421,9 +421,7 @@ REWARDS = {
     "toy_inks": partial(toy, "toy_inks"),
     "diversity": diversity,
 }
-# For these a score of 1 means that the image is entirely right, so an accuracy is measured. That of
-# GenEval accepts extra objects except when counting. Ours does not.
-HAVE_A_RIGHT_ANSWER = ("ocr", "geneval", "geneval_photo")
+HAVE_A_RIGHT_ANSWER = ("reward/ocr", "reward/geneval", "reward/geneval_photo")  # see `accuracy`
 
 
 def load_prompts(config, split):
@@ -477,6 +475,25 @@ def read_row(line, where):
         raise RewardError(f"{where}: its prompt has half of a character in it "
                           f"({ascii(error.object[error.start])})") from error
     return row
+
+
+def warnings(tokenizer, max_tokens, prompts):
+    """Sentences about prompts that the model does not fully see: too long, or with unknown words"""
+    long = []
+    unknown = []
+    for prompt, ids in zip(prompts, tokenizer(prompts).input_ids):
+        if len(ids) > max_tokens:
+            long.append(prompt)
+        if tokenizer.unk_token_id in ids:
+            unknown.append(prompt)
+    sentences = []
+    if long:
+        sentences.append(f"warning: {len(long)} prompts are longer than --max_sequence_length "
+                         f"{max_tokens} and get cut off, such as {long[0]!r}")
+    if unknown:
+        sentences.append(f"warning: {len(unknown)} prompts have words that the model does not "
+                         f"know, such as {unknown[0]!r}")
+    return sentences
 
 
 def parse(spec, option):
@@ -569,6 +586,23 @@ def score(loaded, images, rows):
         scores[f"reward/{name}"] = values
         total = total + weight * values
     return {**scores, "reward": total}
+
+
+def accuracy(scores, rows):
+    """The share of images that are entirely right, of all and of each tag, if this can be told
+
+    That is so if the first reward is OCR or GenEval: for these a score of 1 means right. GenEval's
+    own accuracy accepts extra objects except when counting, ours does not. Its tags are the tasks.
+    """
+    first = list(scores)[0]
+    if first not in HAVE_A_RIGHT_ANSWER:
+        return {}
+    right = scores[first] == 1
+    shares = {"eval_accuracy": right.mean()}
+    for tag in sorted({row["tag"] for row in rows if "tag" in row}):
+        of_this_tag = [row.get("tag") == tag for row in rows]
+        shares[f"eval_accuracy/{tag}"] = right[of_this_tag].mean()
+    return shares
 
 
 def to_floats(result, count, name):
