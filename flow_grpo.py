@@ -6,8 +6,9 @@ reinforcement learning needs random choices: it makes the choices that turned ou
 So Flow-GRPO trains with random steps, and then uses the trained model without the randomness:
 
   sde_step          One denoising step, made random: some of the noise in x is replaced by fresh
-                    noise. So x_next comes from a Gaussian whose density is known: a policy. With
-                    the paper's SDE and small steps, the images are distributed as before.
+                    noise. So x_next comes from a Gaussian whose density is known, and this Gaussian
+                    is the policy. With the paper's SDE and small steps, the images are distributed
+                    as before.
   rollout           Samples a group of images for each prompt, in 10 steps instead of 40.
   group_advantages  Compares the reward of each image with the rewards of its own group.
   update            Makes the steps behind the better images more likely and the others less, with
@@ -45,7 +46,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -77,7 +77,8 @@ from tqdm import tqdm
 
 import rewards  # the prompts and the rewards
 
-# `accelerate launch` starts this script once for each GPU, plain `python` starts it once.
+# `accelerate launch` starts this script once for each GPU, plain `python` starts it once. The
+# argument lets several processes run on CPUs, too.
 WORLD = PartialState(cpu=not torch.accelerator.is_available())
 # With torch 2.11 on an H200, cuDNN's attention gave a FLUX with random weights gradients that were
 # not finite.
@@ -101,6 +102,8 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #
 #     x_next = (1-s) * data_guess + keep * noise_guess + std * fresh_noise
 #
+# The samplers differ only in std and keep:
+#
 #     ODE          std = 0                  keep = s                  the Euler step x + v * (s-t)
 #     flow SDE     std = sigma * sqrt(t-s)  keep = s - std^2 / (2t)   equation 9 of the paper
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
@@ -111,32 +114,36 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 # Fokker-Planck equation, their effects on p cancel:
 #
 #   1. It adds fresh noise. This blurs p: it changes by std^2 / 2 * laplacian(p).
-#   2. It keeps less of noise_guess, which moves x by -std^2 / (2t) * noise_guess. This sharpens p.
-#      Because noise_guess is -t * grad(log p) (Tweedie's formula, equation 27 of the paper), the
-#      move is m = std^2 / 2 * grad(log p), to where x is more likely. A move m changes p by
-#      -div(p * m). Because p * grad(log p) = grad(p), here p * m is std^2 / 2 * grad(p). So p
-#      changes by -std^2 / 2 * laplacian(p).
+#   2. It keeps less of noise_guess, which moves x by m = -std^2 / (2t) * noise_guess. This sharpens
+#      p, because m leads to where x is more likely (Tweedie's formula, equation 27 of the paper):
+#
+#          noise_guess = -t * grad(log p)
+#          m           = std^2 / 2 * grad(log p)
+#          p * m       = std^2 / 2 * grad(p)            because p * grad(log p) = grad(p)
+#
+#      A move m changes p by -div(p * m), here by -std^2 / 2 * laplacian(p).
 #
 # Appendix A of the paper has the proof. In practice the distributions are only roughly the same:
 #
 #   - The v of a network is only roughly the best one. With guidance, or after training towards a
 #     reward, it is not even meant to be.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
-#     The std of this step is then equal to a, even if the step is tiny, so x gets a bit too noisy.
+#     Then std = a * sqrt(1 / (1-s)) * sqrt(1-s) = a, even if the step is tiny, so x gets a bit too
+#     noisy.
 #   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
-# CPS (coefficients-preserving sampling) has the opposite error. With keep^2 + std^2 = s^2 there is
-# never too much noise in x_next, and the images are not noisy. But noise_guess is an average and
-# varies less than the true noise, so the images lose variety. Smaller steps do not help: the std of
-# CPS does not depend on t-s. Early steps lose little, because near t = 1 noise_guess is nearly the
-# true noise. The paper's results are with the flow SDE, our default.
+# CPS (coefficients-preserving sampling) has the opposite error. Its keep^2 + std^2 = s^2 would be
+# right if noise_guess varied as much as the true noise. But noise_guess is an average and varies
+# less. So the images are not noisy, but they are too much alike. Smaller steps do not help: the std
+# of CPS does not depend on t-s. Early steps lose little, because near t = 1 noise_guess is nearly
+# the true noise. The paper's results are with the flow SDE, our default.
 
 
 class Step(NamedTuple):
     """A step from t to s. Its tensors are [1, 1, 1, 1] for all images, or [B, 1, 1, 1] for each."""
     t: torch.Tensor
     s: torch.Tensor
-    keep: torch.Tensor  # the factor of noise_guess (a large step can make it negative)
+    keep: torch.Tensor  # the factor of noise_guess
     std: torch.Tensor  # how much fresh noise is added
     kl_scale: torch.Tensor  # the scale in kl_penalty: sigma for the flow SDE, std for CPS
 
@@ -183,8 +190,8 @@ def gaussian_log_prob(x_next, mean, std):
     PAPER/CODE: log p(x_next) is a sum over all D dimensions. The code takes their mean instead, and
     so do we. `clipped_loss` says what this means for the ratio.
 
-    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it. It
-    makes late steps of CPS dominate the gradient, so train early ones.
+    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it. As
+    the std of CPS shrinks with s, late steps dominate the gradient then, so train early ones.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -199,8 +206,8 @@ def kl_penalty(mean, mean_ref, kl_scale):
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean. With the flow SDE it
-    also divides by sigma^2 instead of std^2 = sigma^2 * (t-s), so the penalty is weaker. We do the
-    same.
+    also divides by sigma^2 instead of std^2 = sigma^2 * (t-s). So the penalty is t-s times the KL,
+    a tenth of it for a tenth of the way. We do the same.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -237,14 +244,18 @@ def clipped_loss(ratio, advantages, clip_range):
     The ratio says how much more likely a step is now than when it was sampled. In the first update
     of an epoch it is 1, so the gradient is -advantage * grad(log_prob), a plain policy gradient.
     Later updates still use the images of the old policy, and clipping limits how far these can push
-    the new one. The gradient is 0 once a positive advantage has pushed the ratio above the range,
-    or a negative one below it. A move in the wrong direction is never clipped.
+    the new one:
+
+        advantage > 0    the gradient is 0 once the ratio is above 1 + clip_range
+        advantage < 0    the gradient is 0 once the ratio is below 1 - clip_range
+
+    A move in the wrong direction is never clipped.
 
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and the
-    end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. So unlike
-    PPO's, our ratio is too near 1 to correct for samples of an old policy. It only decides when to
-    clip.
+    end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. In PPO the
+    ratio also corrects for samples of an old policy. Ours cannot: as a factor of the advantage it
+    does practically nothing. It only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -278,16 +289,16 @@ def choose_window(config, rng):
     PAPER/CODE: In the paper all steps are random and trained. In the code all are random, but the
     last one is not trained. We take the last one with the ODE. (With CPS its std is 0 anyway.)
 
-    With the flow SDE and `window` 0, images of ten steps are visibly noisy, because of the last
-    step but one. At a = 0.7 on SD3.5's time grid, it goes from t = 0.28 to s = 0.009. It adds
-    noise of std 0.225, although x should contain only 0.009. The last step, from t = 0.009, removes
-    noise of 0.009 only. But all images of a group are equally noisy, so many rewards can still
-    compare them.
+    With the flow SDE and `window` 0, images of ten steps are visibly noisy. At a = 0.7 on SD3.5's
+    time grid, the last SDE step goes from t = 0.28 to s = 0.009. It adds noise of std 0.225, where
+    x should contain only 0.009. One step is left, from t = 0.009 to 0, and removes noise of 0.009
+    only. But all images of a group are equally noisy, so many rewards can still compare them.
 
-    A window of a few early steps leaves no such noise, and makes the update cheaper. Early steps
-    decide most of what an image shows. Late ones decide little, but in the toy their gradients
-    drown the others. The authors found later (Flow-GRPO-Fast, with PickScore) that two random
-    steps are enough.
+    A window of a few early steps leaves no such noise, and makes the update cheaper. Even one step
+    can be enough, because the first adds noise of std a: the images of a group differ. Early steps
+    decide most of what an image shows. Late ones decide little, but as their std is small, their
+    gradients are large, and drown the others in the toy. The authors found later (Flow-GRPO-Fast,
+    with PickScore) that two random steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -299,8 +310,8 @@ def choose_window(config, rng):
 def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     """Sample B images in T steps, a group of them for each prompt -> Rollout
 
-    first_seeds [B] are for the first noise of each image, fresh_seeds [B] for its SDE steps.
-    The steps outside of the window follow the ODE.
+    first_seeds [B] are for the first noise of each image, fresh_seeds [B] for its SDE steps, if
+    there are any. The steps outside of the window follow the ODE.
 
     Training samples in few steps (in the paper 10 instead of 40), which the paper calls denoising
     reduction. The images are worse, but good enough to be compared. The same network gives v in 10
@@ -327,16 +338,12 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
         for i in range(T):
             step = make_step(times, i, config.noise_level, config.sde)
             v = policy.velocity(x, step.t, batch_condition)
-            if not v.isfinite().all():
-                sys.exit(f"the velocity at t = {times[i]:.3f} is not finite: {policy.suspect()}")
             if i in window:
                 k = i - window.start
-                if k == 0:
-                    latents[batch, 0] = x
                 fresh_noise = randn_tensor(x.shape, fresh_generators[batch], x.device)
-                x, step_log_prob = sde_step(x, v, step, fresh_noise)
+                latents[batch, k] = x
+                x, log_prob[batch, k] = sde_step(x, v, step, fresh_noise)
                 latents[batch, k + 1] = x
-                log_prob[batch, k] = step_log_prob
             else:
                 x = x + v * (step.s - step.t)  # the ODE
         images += policy.decode(x)
@@ -355,8 +362,8 @@ def update(policy, config, drawn, advantages):
 
     Several small updates usually get further than a large one. So the images of an epoch are split,
     and each update gets a part of every group. From the second update on, the images come from a
-    slightly older policy. Our ratio cannot correct for that (see `clipped_loss`), so no image is
-    used twice, as in the official code.
+    slightly older policy. Our ratio cannot correct for that (see `clipped_loss`), so the policy
+    must not get far from it: each image is used in one update only, as in the official code.
 
     PAPER/CODE: The code shuffles the images of the epoch first. We need not. All images of a group
     are drawn in the same way, so the first half of a group is as good as a random half.
@@ -378,7 +385,8 @@ def update(policy, config, drawn, advantages):
             policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
             check_ratio(ratio, config.clip_range, is_first=update_number == 0)
             loss = policy_loss + config.beta * kl
-            # Over all batches and processes these add up to the gradient of the mean loss.
+            # The gradients of all batches add up, and optimize() adds those of all processes. So
+            # the sum is divided by the number of all pairs, which gives the mean.
             (loss.sum() / pairs_of_all_processes).backward()
             kls.append(kl.detach())
             ratios.append(ratio.detach())
@@ -419,7 +427,7 @@ def losses(policy, config, drawn, advantages, batch):
     policy_loss = clipped_loss(ratio, advantage, config.clip_range)
 
     # reference() turns the LoRA off. With a beta of 0 the KL is only measured, to see how far the
-    # policy has moved.
+    # policy has moved. This costs a pass without gradients.
     with torch.no_grad(), policy.reference():
         v_ref = policy.velocity(x, step.t, condition)
     mean_ref = sde_mean(x, v_ref, step)
@@ -428,14 +436,12 @@ def losses(policy, config, drawn, advantages, batch):
 
 
 def check_ratio(ratio, clip_range, is_first):
-    """Stop if a ratio is not finite, or if it differs from 1 in the first update.
-
-    Rounding in the network moves it a little, which is allowed.
-    """
+    """Stop if a ratio is not finite, or if it differs from 1 in the first update."""
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
     off = (ratio - 1).abs().max().item()
-    allowed = np.clip(clip_range / 2, 1e-5, 1e-4)  # room for rounding
+    # Rounding may move a ratio, but by less than would be clipped.
+    allowed = min(max(clip_range / 2, 1e-5), 1e-4)
     if is_first and off > allowed:
         sys.exit(f"before the first update a ratio is off by {off:.2g}, but it must be 1: sampling "
                  "and training do not compute the same thing (guidance? dropout?)")
@@ -564,9 +570,9 @@ def train(config):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Late in a run, nearly all groups may have equal scores. Then mostly the KL penalty is
-            # left, which Adam turns into full steps back to the base model. A falling learning rate
-            # makes them small.
+            # Late in a run, nearly all groups may have equal scores. Then mostly the KL penalty has
+            # a gradient, and Adam takes full steps back to the base model, however small that
+            # gradient is. A falling learning rate makes these steps small.
             learning_rate = config.learning_rate
             if config.lr_decay:
                 learning_rate *= 1 - (epoch - 1) / config.epochs
@@ -705,7 +711,9 @@ class Policy:
         scheduler.set_timesteps(T, device=WORLD.device, **options)
         times = scheduler.sigmas.float()
         falls = len(times) == T + 1 and (times.diff() < 0).all()
-        if not falls or abs(times[0] - 1) > 1e-6 or times[-1] != 0:
+        starts_at_1 = abs(times[0] - 1) <= 1e-6
+        ends_at_0 = times[-1] == 0
+        if not (falls and starts_at_1 and ends_at_0):
             sys.exit(f"--model {self.config.model}: the times of its {type(scheduler).__name__} do "
                      f"not fall from 1 to 0 in {T} steps. It needs a "
                      "FlowMatchEulerDiscreteScheduler")
@@ -719,14 +727,11 @@ class Policy:
         shift = vae.config.get("shift_factor") or 0
         pixels = vae.decode(latents / vae.config.scaling_factor + shift).sample
         if not pixels.isfinite().all():
-            sys.exit(f"the pixels of an image are not finite: {self.suspect()}")
+            advice = f"the cause is --model {self.config.model} itself"
+            if self.updates_made > 0:
+                advice = "lower --learning_rate"
+            sys.exit(f"the pixels of an image are not finite: {advice}")
         return self.pipe.image_processor.postprocess(pixels)
-
-    def suspect(self):
-        """What is to blame for a number that is not finite"""
-        if self.updates_made > 0:
-            return "lower --learning_rate"
-        return f"there was no update yet, so the cause is --model {self.config.model} itself"
 
     def reference(self):
         """A context in which the LoRA is off, which makes the network the base model"""
@@ -756,13 +761,11 @@ class Policy:
         self.optimizer.zero_grad()
         self.updates_made += 1
         n = self.updates_made
-        no_average = self.config.ema_decay == 0  # then self.average is a copy of the weights
-        if no_average or n % self.config.ema_every == 0:
-            # The decay starts small, so that the average soon forgets the untrained weights (as in
-            # the code's ema.py).
-            decay = min(self.config.ema_decay, (1 + n) / (10 + n))
-            weights = parameters_to_vector(self.params).detach()
-            self.average.lerp_(weights, 1 - decay)
+        # The decay starts small, so that the average soon forgets the untrained weights (as in the
+        # code's ema.py).
+        decay = min(self.config.ema_decay, (1 + n) / (10 + n))
+        weights = parameters_to_vector(self.params).detach()
+        self.average = decay * self.average + (1 - decay) * weights
         return norm.item()
 
     def lora(self):
@@ -774,7 +777,7 @@ class Policy:
             state = peft.get_peft_model_state_dict(self.network)
             layers = {}
             for name, weights in state.items():
-                # Programs that find no alpha in a file take alpha / rank to be 1.
+                # The file has no alpha. Programs that read it then take alpha / rank to be 1.
                 factor = ALPHA_OVER_RANK if "lora_B" in name else 1
                 layers[name.removeprefix("base_model.model.")] = factor * weights
         return layers
@@ -793,9 +796,10 @@ class Policy:
         if checkpoint["average"].shape != self.average.shape:
             sys.exit("--resume: the checkpoint has another number of weights than this model: "
                      "keep its --model and --lora_rank")
-        self.average.copy_(checkpoint["average"])
-        vector_to_parameters(checkpoint["weights"].to(self.average.device), self.params)
+        self.average = checkpoint["average"].to(WORLD.device)
+        vector_to_parameters(checkpoint["weights"].to(WORLD.device), self.params)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.optimizer.param_groups[0]["eps"] = self.config.adam_eps  # --resume may change it
         self.updates_made = checkpoint["updates"]
 
 
@@ -816,7 +820,7 @@ class FluxPolicy(Policy):
         B, _, rows, columns = packed.shape
         guidance = None
         if self.network.config.guidance_embeds:  # FLUX.1-schnell has none
-            guidance = t.new_full([B], self.config.guidance)
+            guidance = torch.full([B], self.config.guidance, device=x.device)
         tokens = packed.flatten(2).mT  # [B, rows * columns, 4C]
         v = self.network(
             hidden_states=tokens,
@@ -891,9 +895,6 @@ def load_policy(config):
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype)
         policy_class = POLICIES[type(pipe).__name__]
-        for name, weights in pipe.transformer.named_parameters():
-            if weights.is_meta:  # that is how diffusers leaves weights that no file has
-                raise ValueError(f"its files have no {name}")
     except Exception as error:  # diffusers raises almost anything for a wrong or damaged folder
         reason = " ".join(str(error).split())[:300]
         sys.exit(f"--model {config.model} cannot be loaded. It must be the folder or hub name of a "
@@ -918,13 +919,12 @@ class Config:
     # Folder or hub name of an SD3, FLUX or SANA pipeline. Name a preset as well, because the other
     # defaults are the toy's
     model: str = "toy"
-    cpu: bool = False  # run the preset of a large model although there is no GPU
     # Folder with train.txt and test.txt, a prompt on each line, or train_metadata.jsonl and
     # test_metadata.jsonl. If empty, the toy's words or scenes
     dataset: str = ""
     resolution: int = 48  # height and width of the images in pixels
     max_sequence_length: int = 14  # tokens of the T5 text encoder, or of SANA's Gemma
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the network. bf16 halves the memory
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the network. bf16 (on a GPU) halves its memory
     gradient_checkpointing: bool = False  # less memory, slower updates
     offload: bool = False  # text encoders and network take turns on the GPU
     name: str = ""  # folder under runs/. If empty, the name of the reward, numbered
@@ -962,10 +962,9 @@ class Config:
     std_over: Literal["epoch", "group"] = "epoch"  # whose std divides the advantages
     lora_rank: int = 32  # alpha is twice the rank
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0: no average
-    ema_every: int = 1  # updates between averagings
-    # Images in one pass of the network, a matter of memory and speed. In bf16 it must divide the
-    # images that a process uses in an update, because batches of another size than in sampling are
-    # rounded differently, and the first ratios would not be 1
+    # Images in one pass of the network: more are faster and take more memory. In bf16, rounding
+    # depends on the size of a pass. So all passes must have the same, or the first ratios would not
+    # be 1: batch_size must divide the number of images that a process uses in an update
     batch_size: int = 64
     eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
     eval_per_prompt: int = 2  # images of each of them
@@ -975,23 +974,23 @@ class Config:
 # beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.) The rest is from the code, but the
 # numbers of epochs and of images in a batch are ours.
 # PAPER/CODE: The code trains in fp16. We use bf16, which needs no scaling of the loss.
-# PAPER/CODE: In every 8th update the code (as configured for 32 GPUs) averages twice, with a decay
-# of 0.9. We average once, with 0.9^2 = 0.81.
+# PAPER/CODE: The code (as configured for 32 GPUs) averages twice in every 8th update, with a decay
+# of 0.9. We average once in every update: 0.974^8 = 0.9^2.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
     eval_steps=40, noise_level=0.7, sde="flow", window=0, same_noise=False, guidance=4.5, updates=2,
     learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04, std_over="epoch", lora_rank=32,
-    ema_decay=0.81, ema_every=8, batch_size=8, eval_prompts=0, eval_per_prompt=1)
+    ema_decay=0.974, batch_size=8, eval_prompts=0, eval_per_prompt=1)
 
-# Meant for one GPU of 24 GB. The numbers are those of verl-omni's script for SD3.5 and OCR (issue
-# 159 and pull request 178 of github.com/verl-project/verl-omni), which runs on three GPUs. The
-# adam_eps is that of pull request 407 of UniRL, and the moving average is ours. The authors'
-# Flow-GRPO-Fast has other numbers.
+# A cheaper setting, meant for one GPU of 24 GB. Most numbers are from verl-omni's script for SD3.5
+# and OCR (pull request 178 of github.com/verl-project/verl-omni), which runs on three GPUs. The
+# adam_eps is from UniRL (its pull request 407), and the moving average is ours. The authors call
+# another setting Flow-GRPO-Fast.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
-    learning_rate=1e-4, clip_range=1e-5, beta=0.0, adam_eps=1e-15, ema_decay=0.9, ema_every=1,
+    learning_rate=1e-4, clip_range=1e-5, beta=0.0, adam_eps=1e-15, ema_decay=0.9,
     gradient_checkpointing=True, offload=True, eval_prompts=64)
 
 PRESETS = {
@@ -1001,10 +1000,10 @@ PRESETS = {
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux, which averages 6 times: 0.9^6 = 0.53.
+    # From the official pickscore_flux, which averages six times there: 0.924^8 = 0.9^6.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
-        eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.53,
+        eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.924,
         batch_size=4, gradient_checkpointing=True),
     # Two more rewards for the toy. The defaults in Config are for OCR, these take longer.
     "geneval": dict(
@@ -1087,10 +1086,9 @@ def check_machine(config):
     if config.report_to and config.report_to not in trackers:
         sys.exit(f"--report_to {config.report_to}: it is not installed. "
                  f"Installed are: {', '.join(trackers) or 'none'}")
-    wants_gpu = "model" in PRESETS.get(config.preset, {})  # the toy's presets name no model
-    if wants_gpu and WORLD.device.type == "cpu" and not config.cpu:
-        sys.exit(f"--preset {config.preset}: torch finds no GPU (is this a CPU build of it, or the "
-                 "driver too old?). To run it on the CPU all the same, add --cpu")
+    if config.precision == "bf16" and WORLD.device.type == "cpu":
+        sys.exit("torch finds no GPU (is this a CPU build of it, or the driver too old?), and "
+                 "--precision bf16 needs one. On a CPU take fp32, which is slow for a large model")
     if config.name and not config.resume and Path("runs", config.name, "checkpoint.pt").exists():
         sys.exit(f"--name {config.name}: this run exists. Continue it with "
                  f"--resume runs/{config.name}, or take another name")
@@ -1144,8 +1142,7 @@ def claim_folder(config):
 
 def new_folder(names):
     """runs/ocr, or the first free one of runs/ocr-2, runs/ocr-3, ... for the rewards of a run"""
-    safe_names = [re.sub(r"[^\w.]+", "-", name).strip("-.") for name in names]
-    folder_name = "-".join(safe_names)
+    folder_name = re.sub(r"\W+", "-", "-".join(names)).strip("-")  # "./my.py:f" gives "my-py-f"
     folder = Path("runs", folder_name)
     number = 1
     while folder.exists():
@@ -1181,7 +1178,7 @@ def read_checkpoint(folder):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         Config(**checkpoint["options"])  # fails for the options of another version
         return checkpoint
-    except (OSError, RuntimeError, EOFError, TypeError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch raises almost anything for a damaged file
         sys.exit(f"--resume {folder}: its checkpoint.pt is damaged, or of another version of this "
                  f"script ({type(error).__name__})")
 
@@ -1253,7 +1250,7 @@ def read_images(folder):
 
 def evaluations(folder):
     """The folders of the evaluations so far, the first one first"""
-    return sorted(path for path in folder.glob("samples/*") if re.fullmatch(r"\d+", path.name))
+    return sorted(folder.glob("samples/[0-9][0-9][0-9][0-9]"))
 
 
 def draw_before_after(folder):
@@ -1290,24 +1287,18 @@ def draw_film(folder):
 
 def draw_curve(folder, history):
     """A panel for each reward, and for the accuracy and the KL penalty -> curve.png"""
-    panels = []  # (title, the metric while training, the metric of the evaluation)
+    panels = [["kl"]]
     for key in history[0]:  # epoch 0 is an evaluation
-        if key.startswith("eval_reward/"):
-            name = key.removeprefix("eval_reward/")
-            panels.append((name, f"reward/{name}", key))
-    if "eval_accuracy" in history[0]:
-        panels.append(("share of right images", None, "eval_accuracy"))
-    panels.append(("KL penalty", "kl", None))
+        if key.startswith("eval_reward/") or key == "eval_accuracy":
+            panels.append([key.removeprefix("eval_"), key])  # while training, in evaluations
     figure = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
-    plots = figure.subplots(1, len(panels))
-    for plot, (title, train_key, eval_key) in zip(plots, panels):
-        for key, label in ((train_key, "training"), (eval_key, "evaluation")):
+    for plot, keys in zip(figure.subplots(1, len(panels)), panels):
+        for key in keys:
             rows = [row for row in history if key in row]
             epochs = [row["epoch"] for row in rows]
             values = [row[key] for row in rows]
             if rows:
-                plot.plot(epochs, values, ".-", label=label)
-        plot.set_title(title)
+                plot.plot(epochs, values, ".-", label=key)
         plot.set_xlabel("epoch")
         if plot.get_lines():
             plot.legend()
