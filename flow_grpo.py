@@ -1280,7 +1280,8 @@ def draw_film(folder):
     """The pictures of up to 12 evaluations -> film.gif"""
     folders = evaluations(folder)
     places = np.linspace(0, len(folders) - 1, min(12, len(folders))).round().astype(int)
-    frames = [Image.open(folders[place] / "before_after.png") for place in places]
+    pictures = [Image.open(folders[place] / "before_after.png") for place in places]
+    frames = [picture.convert("RGB") for picture in pictures]  # without transparency: more colors
     frames[0].save(folder / "film.gif", save_all=True, append_images=frames[1:], duration=1000,
                    loop=0)
 
