@@ -77,8 +77,8 @@ from tqdm import tqdm
 
 import rewards  # the prompts and the rewards
 
-# `accelerate launch` starts this script once for each GPU, plain `python` starts it once. The
-# argument lets several processes run on CPUs, too.
+# `accelerate launch` starts this script once for each GPU, plain `python` starts it once. Without
+# a GPU, cpu=True is needed for several processes.
 WORLD = PartialState(cpu=not torch.accelerator.is_available())
 # With torch 2.11 on an H200, cuDNN's attention gave a FLUX with random weights gradients that were
 # not finite.
@@ -128,8 +128,8 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #   - The v of a network is only roughly the best one. With guidance, or after training towards a
 #     reward, it is not even meant to be.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
-#     Then std = a * sqrt(1 / (1-s)) * sqrt(1-s) = a, even if the step is tiny, so x gets a bit too
-#     noisy.
+#     Then std = a * sqrt(1 / (1-s)) * sqrt(1-s) = a, even if the step is tiny. So x gets a bit too
+#     noisy: for s near 1, keep^2 + std^2 is 1 + a^4 / 4 instead of 1.
 #   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
 # CPS (coefficients-preserving sampling) has the opposite error. Its keep^2 + std^2 = s^2 would be
@@ -206,8 +206,8 @@ def kl_penalty(mean, mean_ref, kl_scale):
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean. With the flow SDE it
-    also divides by sigma^2 instead of std^2 = sigma^2 * (t-s). So the penalty is t-s times the KL,
-    a tenth of it for a tenth of the way. We do the same.
+    also divides by sigma^2 instead of std^2 = sigma^2 * (t-s). We do the same. So for a step from
+    t = 0.6 to s = 0.5 the penalty is a tenth of what it would be with std^2.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -252,10 +252,10 @@ def clipped_loss(ratio, advantages, clip_range):
     A move in the wrong direction is never clipped.
 
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
-    always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and the
-    end of the published clip range, 1.0001, is a true ratio of 1.0001^65536, about 700. In PPO the
-    ratio also corrects for samples of an old policy. Ours cannot: as a factor of the advantage it
-    does practically nothing. It only decides when to clip.
+    always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and with
+    the published clip range of 1e-4 clipping begins at 1.0001, a true ratio of 1.0001^65536, about
+    700. PPO's ratio also corrects for samples of an old policy, as a factor of the advantage. Ours
+    is a factor of about 1, so it corrects nothing. It only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -295,8 +295,8 @@ def choose_window(config, rng):
     only. But all images of a group are equally noisy, so many rewards can still compare them.
 
     A window of a few early steps leaves no such noise, and makes the update cheaper. Even one step
-    can be enough, because the first adds noise of std a: the images of a group differ. Early steps
-    decide most of what an image shows. Late ones decide little, but as their std is small, their
+    can be enough: step 0 adds noise of std a, so the images of a group differ. Early steps decide
+    most of what an image shows. Late ones decide little, but as their std is small, their
     gradients are large, and drown the others in the toy. The authors found later (Flow-GRPO-Fast,
     with PickScore) that two random steps are enough.
     """
@@ -440,8 +440,9 @@ def check_ratio(ratio, clip_range, is_first):
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
     off = (ratio - 1).abs().max().item()
-    # Rounding may move a ratio, but by less than would be clipped.
-    allowed = min(max(clip_range / 2, 1e-5), 1e-4)
+    # Rounding may move a ratio a little. We allow half the clip range, but 1e-5 always, and more
+    # than 1e-4 never.
+    allowed = np.clip(clip_range / 2, 1e-5, 1e-4)
     if is_first and off > allowed:
         sys.exit(f"before the first update a ratio is off by {off:.2g}, but it must be 1: sampling "
                  "and training do not compute the same thing (guidance? dropout?)")
@@ -480,8 +481,8 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
     drawn = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
                     my_part(fresh_seeds))
 
-    # A dict of arrays with the scores of all processes: "reward/NAME" for each reward, and
-    # "reward", their weighted sum.
+    # Each process scores its own images and gets the scores of all: a dict of arrays, "reward/NAME"
+    # for each reward and "reward", their weighted sum.
     scores = rewards.score(train_rewards, drawn.images, repeat_each(rows, size))
 
     group_scores = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
@@ -524,14 +525,14 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
     no_sde_steps = range(0)
     with policy.averaged():
         drawn = rollout(policy, config, prompts, seeds, config.eval_steps, no_sde_steps)
-    scores = rewards.score(eval_rewards, drawn.images, repeat_each(rows, n))  # of all processes
+    scores = rewards.score(eval_rewards, drawn.images, repeat_each(rows, n))  # of all images
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
     # For OCR and GenEval also the share of images that are entirely right
     metrics |= rewards.accuracy(scores, repeat_each(test_set, n))
-    # Only the first image of each prompt is kept. save_images gathers those of all processes.
-    first_images = drawn.images[::n]
-    first_scores = scores["reward"][::n]
+    # Only the first image of each prompt is kept
+    first_images = drawn.images[::n]  # of this process. save_images gathers those of all
+    first_scores = scores["reward"][::n]  # of all processes, like test_set
     save_images(first_images, test_set, first_scores, folder)
     return metrics
 
@@ -668,7 +669,8 @@ class Policy:
         t = t.flatten().expand(len(x))  # one for each image, even if they all have the same
         condition = [c.to(x.device) for c in condition]
         bf16 = self.config.precision == "bf16"
-        # Under autocast the LoRA computes in bf16, too, although its weights are in float32.
+        # network.dtype is that of the base model. The LoRA's weights are always in float32, but
+        # under autocast it computes in bf16, too.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             v = self.forward(x.to(self.network.dtype), t, *condition)
         return v.float()
@@ -701,8 +703,8 @@ class Policy:
 
     def encode_batch(self, prompts):
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, device=WORLD.device,
-            max_sequence_length=self.config.max_sequence_length)
+            prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False,
+            device=WORLD.device, max_sequence_length=self.config.max_sequence_length)
         return embeds, pooled
 
     def time_grid(self, T, **options):
@@ -836,7 +838,7 @@ class FluxPolicy(Policy):
 
     def encode_batch(self, prompts):
         embeds, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, device=WORLD.device,
+            prompts, prompt_2=None, device=WORLD.device,
             max_sequence_length=self.config.max_sequence_length)
         return embeds, pooled
 
@@ -868,14 +870,15 @@ class SanaPolicy(Policy):
         ).sample
 
     def encode_batch(self, prompts):
-        # The instruction is the default of an argument of the stock pipeline.
+        # The stock pipeline puts the default of one of its arguments before each prompt, but not
+        # before the empty one for guidance.
         call = inspect.signature(self.pipe.__call__)
         instruction = call.parameters["complex_human_instruction"].default
         if prompts == [""]:
-            instruction = None  # like the stock pipeline, for guidance
+            instruction = None
         embeds, mask, _, _ = self.pipe.encode_prompt(
-            prompts, False, complex_human_instruction=instruction, device=WORLD.device,
-            max_sequence_length=self.config.max_sequence_length)
+            prompts, do_classifier_free_guidance=False, complex_human_instruction=instruction,
+            device=WORLD.device, max_sequence_length=self.config.max_sequence_length)
         return embeds, mask
 
 
@@ -904,7 +907,7 @@ def load_policy(config):
     for T in (config.train_steps, config.eval_steps):
         policy.time_grid(T)  # stops now if the scheduler cannot be used
     unit = 2 * pipe.vae_scale_factor  # a token of SD3 and FLUX has 2 x 2 latents
-    largest = unit * policy.network.config.get("pos_embed_max_size", 1000)
+    largest = unit * policy.network.config.get("pos_embed_max_size", 1000)  # only SD3 has a limit
     if config.resolution % unit or config.resolution > largest:
         sys.exit(f"--resolution {config.resolution} must be a multiple of {unit}, up to {largest}")
     return policy
@@ -913,7 +916,8 @@ def load_policy(config):
 # -------------------------------------------------------------------------------------- 6. options
 @dataclass
 class Config:
-    preset: str = ""  # one of PRESETS. If empty, the one with the name of the reward, if any
+    # One of PRESETS. If empty and the first reward has the name of a preset, that one
+    preset: str = ""
     reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
     eval_reward: str = ""  # rewards that are only measured, to see whether --reward is being hacked
     # Folder or hub name of an SD3, FLUX or SANA pipeline. Name a preset as well, because the other
@@ -946,8 +950,9 @@ class Config:
     sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS (see chapter 1)
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
-    # One first noise for a group, whose images then differ only by their SDE steps. In the paper
-    # different noises got higher rewards. For the toy's words it makes no clear difference
+    # One first noise for a group. Its images then differ only by their SDE steps, so every
+    # difference in reward is due to a step that is trained. In the paper, where all steps are
+    # random, different noises got higher rewards. For the toy's words it makes no clear difference
     same_noise: bool = True
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch
@@ -974,8 +979,9 @@ class Config:
 # beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.) The rest is from the code, but the
 # numbers of epochs and of images in a batch are ours.
 # PAPER/CODE: The code trains in fp16. We use bf16, which needs no scaling of the loss.
-# PAPER/CODE: The code (as configured for 32 GPUs) averages twice in every 8th update, with a decay
-# of 0.9. We average once in every update: 0.974^8 = 0.9^2.
+# PAPER/CODE: The code (as configured for 32 GPUs) averages only in every 8th update, but then
+# twice, with a decay of 0.9. We average after each update, with 0.974. In 8 updates both forget
+# equally much, because 0.974^8 = 0.9^2.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
@@ -985,8 +991,8 @@ PAPER = dict(
 
 # A cheaper setting, meant for one GPU of 24 GB. Most numbers are from verl-omni's script for SD3.5
 # and OCR (pull request 178 of github.com/verl-project/verl-omni), which runs on three GPUs. The
-# adam_eps is from UniRL (its pull request 407), and the moving average is ours. The authors call
-# another setting Flow-GRPO-Fast.
+# adam_eps is from UniRL (its pull request 407), and the moving average is ours. This is not the
+# Flow-GRPO-Fast of the paper's authors.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
@@ -1000,7 +1006,7 @@ PRESETS = {
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux, which averages six times there: 0.924^8 = 0.9^6.
+    # From the official pickscore_flux. It averages six times in every 8th update: 0.924^8 = 0.9^6.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
         eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.924,
