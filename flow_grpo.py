@@ -632,8 +632,8 @@ class Policy:
             pipe.transformer.enable_gradient_checkpointing()
         torch.manual_seed(config.seed)  # for the initial LoRA
         # A LoRA adds alpha / rank times the product of two thin matrices to the weights of a layer.
-        # One of the two starts at 0, so training starts at the base model. Only these are trained,
-        # 18.8 million weights for SD3.5-Medium.
+        # One of the two starts at 0, so training starts at the base model. Only the LoRA is
+        # trained, 18.8 million weights for SD3.5-Medium.
         self.network = peft.get_peft_model(pipe.transformer, peft.LoraConfig(
             r=config.lora_rank,
             lora_alpha=ALPHA_OVER_RANK * config.lora_rank,
@@ -958,9 +958,9 @@ class Config:
     updates: int = 2  # optimizer steps in an epoch
     learning_rate: float = 3e-3  # of AdamW
     lr_decay: bool = True  # the rate falls linearly. After the last epoch it would be 0
-    # Adam divides a gradient by its recent size plus adam_eps. If the gradient is far smaller than
-    # adam_eps, hardly anything moves. Our gradients can be that small, because the losses are means
-    # over D. If the kl stays at 0, try 1e-15 (the official code has 1e-8)
+    # Adam divides a gradient by its recent size plus adam_eps. Our gradients can be far below 1e-8,
+    # because the losses are means over D, and then hardly anything moves. If the kl stays at 0, try
+    # 1e-15
     adam_eps: float = 1e-8
     clip_range: float = 1e-3  # a ratio this far from 1 gets no further push
     beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
@@ -968,16 +968,15 @@ class Config:
     lora_rank: int = 32  # alpha is twice the rank
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0: no average
     # Images in one pass of the network: more are faster and take more memory. In bf16, rounding
-    # depends on the size of a pass. So all passes must have the same, or the first ratios would not
-    # be 1: batch_size must divide the number of images that a process uses in an update
+    # depends on the size of a pass. So all must have the same size, or the first ratios are not 1
     batch_size: int = 64
     eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
     eval_per_prompt: int = 2  # images of each of them
 
 
 # Steps, group size, noise level, resolution, beta and LoRA are from appendix B.3 of the paper. (The
-# beta of 0.04 is for GenEval and OCR. For PickScore it is 0.01.) The rest is from the code, but the
-# numbers of epochs and of images in a batch are ours.
+# beta is for GenEval and OCR. For PickScore it is 0.01.) The rest is from the code, but epochs and
+# batch_size are ours.
 # PAPER/CODE: The code trains in fp16. We use bf16, which needs no scaling of the loss.
 # PAPER/CODE: The code (as configured for 32 GPUs) averages only in every 8th update, but then
 # twice, with a decay of 0.9. We average after each update, with 0.974. In 8 updates both forget
@@ -989,10 +988,10 @@ PAPER = dict(
     learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04, std_over="epoch", lora_rank=32,
     ema_decay=0.974, batch_size=8, eval_prompts=0, eval_per_prompt=1)
 
-# A cheaper setting, meant for one GPU of 24 GB. Most numbers are from verl-omni's script for SD3.5
-# and OCR (pull request 178 of github.com/verl-project/verl-omni), which runs on three GPUs. The
-# adam_eps is from UniRL (its pull request 407), and the moving average is ours. This is not the
-# Flow-GRPO-Fast of the paper's authors.
+# A cheaper setting, meant for one GPU of 24 GB but never tried on one. The numbers are from
+# verl-omni's script for SD3.5 and OCR (pull request 178 of github.com/verl-project/verl-omni), but
+# adam_eps is from UniRL (its pull request 407), and the moving average and the evaluations are ours.
+# This is not the Flow-GRPO-Fast of the paper's authors.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
@@ -1024,9 +1023,8 @@ PRESETS = {
 def parse_config(argv=None):
     """The options of a run -> Config
 
-    The command line wins over the preset or the run to resume, and these win over Config. tyro must
-    know the defaults before it parses. So it parses twice: first to see which preset or run is
-    asked for, then with the values of these as the defaults.
+    The command line wins over the preset or the run to resume, and these win over Config. So tyro
+    parses twice: first to see which preset or run is asked for, then with its values as defaults.
     """
     def parse(defaults):
         return tyro.cli(Config, default=Config(**defaults), args=argv, use_underscores=True,
@@ -1034,7 +1032,7 @@ def parse_config(argv=None):
 
     config = parse({})
     preset = config.preset
-    first_reward = list(rewards.parse(config.reward, "--reward"))[0]
+    names = list(rewards.parse(config.reward, "--reward"))
     if config.resume:
         if preset:
             sys.exit(f"--preset {preset}: not with --resume, which keeps the options of its run")
@@ -1043,8 +1041,8 @@ def parse_config(argv=None):
         if preset not in PRESETS:
             sys.exit(f"--preset {preset}: choose from {', '.join(PRESETS)}")
         config = parse(PRESETS[preset])
-    elif first_reward in PRESETS:
-        config = parse(PRESETS[first_reward])
+    elif names[0] in PRESETS:
+        config = parse(PRESETS[names[0]])
     rewards.parse(config.eval_reward, "--eval_reward")
     check_config(config)
     check_machine(config)
@@ -1270,7 +1268,8 @@ def draw_before_after(folder):
         titles.append(textwrap.fill(title, 44))
     longest = max(title.count("\n") + 1 for title in titles)  # in lines
     lines = math.ceil(len(titles) / 3)
-    figure = Figure(figsize=(8.8, 0.3 + lines * (1.5 + 0.15 * longest)), layout="constrained")
+    height = 1.5 + 0.15 * longest  # of a picture and its title, in inches
+    figure = Figure(figsize=(8.8, 0.3 + lines * height), layout="constrained")
     figure.suptitle(f"before training and after epoch {int(folders[-1].name)}")
     for number, (before, after) in enumerate(zip(images_before, images_after)):
         gap = Image.new("RGB", (before.width // 24, before.height), "white")
@@ -1285,8 +1284,9 @@ def draw_before_after(folder):
 def draw_film(folder):
     """The pictures of up to 12 evaluations -> film.gif"""
     folders = evaluations(folder)
-    places = np.linspace(0, len(folders) - 1, min(12, len(folders))).round().astype(int)
-    pictures = [Image.open(folders[place] / "before_after.png") for place in places]
+    # Evenly spread, with the first and the last among them
+    places = np.linspace(0, len(folders) - 1, min(12, len(folders)))
+    pictures = [Image.open(folders[round(place)] / "before_after.png") for place in places]
     frames = [picture.convert("RGB") for picture in pictures]  # without transparency: more colors
     frames[0].save(folder / "film.gif", save_all=True, append_images=frames[1:], duration=1000,
                    loop=0)
@@ -1297,7 +1297,8 @@ def draw_curve(folder, history):
     panels = [["kl"]]
     for key in history[0]:  # epoch 0 is an evaluation
         if key.startswith("eval_reward/") or key == "eval_accuracy":
-            panels.append([key.removeprefix("eval_"), key])  # while training, in evaluations
+            training_key = key.removeprefix("eval_")
+            panels.append([training_key, key])
     figure = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
     for plot, keys in zip(figure.subplots(1, len(panels)), panels):
         for key in keys:
