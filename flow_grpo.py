@@ -990,7 +990,7 @@ PAPER = dict(
 
 # A cheaper setting, meant for one GPU of 24 GB but never tried on one. The numbers are from
 # verl-omni's script for SD3.5 and OCR (pull request 178 of github.com/verl-project/verl-omni), but
-# adam_eps is from UniRL (its pull request 407), and the moving average and the evaluations are ours.
+# adam_eps is from UniRL (pull request 407), and the moving average and the evaluations are ours.
 # This is not the Flow-GRPO-Fast of the paper's authors.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
