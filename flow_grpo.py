@@ -7,8 +7,8 @@ So Flow-GRPO trains with random steps, and then uses the trained model without t
 
   sde_step          One denoising step, made random: some of the noise in x is replaced by fresh
                     noise. So x_next comes from a Gaussian whose density is known, and this Gaussian
-                    is the policy. With the paper's SDE and small steps, the images are distributed
-                    as before.
+                    is the policy. With the paper's SDE and small steps, the images have the same
+                    distribution as with the ODE.
   rollout           Samples a group of images for each prompt, in 10 steps instead of 40.
   group_advantages  Compares the reward of each image with the rewards of its own group.
   update            Makes the steps behind the better images more likely and the others less, with
@@ -33,8 +33,8 @@ weight of the KL penalty) belong to it.
 
 Chapters 1 to 4 are the method. The rest is what it takes to run it: chapter 5 drives the diffusers
 models, 6 has the options, 7 the files and pictures. The default model is a toy, an SD3 pipeline of
-5 MB (toy/). Its options are not the paper's: only one step is random, and all images of a group
-start from the same noise.
+5 MB (toy/). Its options are not the paper's: only one or two steps are random, and all images of a
+group start from the same noise.
 
   python flow_grpo.py --reward ocr                     # teach the toy to write: 2 minutes on a CPU
   python flow_grpo.py --reward my_rewards.py:judge     # your own reward, see `redness` and README
@@ -128,15 +128,17 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #   - The v of a network is only roughly the best one. With guidance, or after training towards a
 #     reward, it is not even meant to be.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
-#     Then std = a * sqrt(1 / (1-s)) * sqrt(1-s) = a, even if the step is tiny. So x gets a bit too
-#     noisy: for s near 1, keep^2 + std^2 is 1 + a^4 / 4 instead of 1.
+#     Then std = a * sqrt(1 / (1-s)) * sqrt(1-s) = a, even if the step is tiny, and x gets a bit too
+#     noisy: the noise in x_next has the variance keep^2 + std^2, which is 1 + a^4 / 4 for s near 1,
+#     instead of s^2.
 #   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
 # CPS (coefficients-preserving sampling) has the opposite error. Its keep^2 + std^2 = s^2 would be
 # right if noise_guess varied as much as the true noise. But noise_guess is an average and varies
-# less. So the images are not noisy, but they are too much alike. Smaller steps do not help: the std
-# of CPS does not depend on t-s. Early steps lose little, because near t = 1 noise_guess is nearly
-# the true noise. The paper's results are with the flow SDE, our default.
+# less, so each random step leaves too little noise in x. The images have no grain, but they are too
+# much alike. Smaller steps do not help: the std of CPS does not depend on t-s. Early steps lose
+# little, because near t = 1 noise_guess is nearly the true noise. The paper's results are with the
+# flow SDE, our default.
 
 
 class Step(NamedTuple):
@@ -190,8 +192,9 @@ def gaussian_log_prob(x_next, mean, std):
     PAPER/CODE: log p(x_next) is a sum over all D dimensions. The code takes their mean instead, and
     so do we. `clipped_loss` says what this means for the ratio.
 
-    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it. As
-    the std of CPS shrinks with s, late steps dominate the gradient then, so train early ones.
+    PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it.
+    With this factor late steps have the largest gradients, because the std of CPS shrinks with s.
+    So train early ones.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -220,9 +223,9 @@ def group_advantages(scores, std_over="epoch"):
     network, the critic, to predict what to expect. GRPO (group relative policy optimization) takes
     the mean of a group instead: its images have the same prompt and come from the same policy.
 
-    PAPER/CODE: The paper divides by the std of the group, the code by that of all images of the
-    epoch, which does not enlarge tiny differences within a group. The 1e-4 and the clamp are from
-    the code.
+    PAPER/CODE: The paper divides by the std of the group, the code by the std of all images of the
+    epoch. The second does not enlarge tiny differences within a group. The 1e-4 and the clamp are
+    from the code.
     """
     # In float64 the mean of equal float32 scores is exact, so their advantages are exactly 0.
     scores = scores.double()
@@ -254,8 +257,8 @@ def clipped_loss(ratio, advantages, clip_range):
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and with
     the published clip range of 1e-4 clipping begins at 1.0001, a true ratio of 1.0001^65536, about
-    700. PPO's ratio also corrects for samples of an old policy, as a factor of the advantage. Ours
-    is a factor of about 1, so it corrects nothing. It only decides when to clip.
+    700. In PPO the ratio does more: it multiplies the advantage, which corrects for samples of an
+    old policy. Ours is about 1, so it corrects nothing. It only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -296,9 +299,9 @@ def choose_window(config, rng):
 
     A window of a few early steps leaves no such noise, and makes the update cheaper. Even one step
     can be enough: step 0 adds noise of std a, so the images of a group differ. Early steps decide
-    most of what an image shows. Late ones decide little, but as their std is small, their
-    gradients are large, and drown the others in the toy. The authors found later (Flow-GRPO-Fast,
-    with PickScore) that two random steps are enough.
+    most of what an image shows. Late ones decide little, but their std is small, and so their
+    gradients are large. In the toy they drown those of the early steps. The authors found later
+    (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -440,8 +443,8 @@ def check_ratio(ratio, clip_range, is_first):
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
     off = (ratio - 1).abs().max().item()
-    # Rounding may move a ratio a little. We allow half the clip range, but 1e-5 always, and more
-    # than 1e-4 never.
+    # Rounding may move a ratio a little. We allow half the clip range, but at least 1e-5 and at
+    # most 1e-4.
     allowed = np.clip(clip_range / 2, 1e-5, 1e-4)
     if is_first and off > allowed:
         sys.exit(f"before the first update a ratio is off by {off:.2g}, but it must be 1: sampling "
@@ -530,10 +533,9 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
     # For OCR and GenEval also the share of images that are entirely right
     metrics |= rewards.accuracy(scores, repeat_each(test_set, n))
-    # Only the first image of each prompt is kept
-    first_images = drawn.images[::n]  # of this process. save_images gathers those of all
-    first_scores = scores["reward"][::n]  # of all processes, like test_set
-    save_images(first_images, test_set, first_scores, folder)
+    # The first image of each prompt. The images are those of this process, test_set and scores are
+    # of all.
+    save_images(drawn.images[::n], test_set, scores["reward"][::n], folder)
     return metrics
 
 
@@ -870,8 +872,8 @@ class SanaPolicy(Policy):
         ).sample
 
     def encode_batch(self, prompts):
-        # The stock pipeline puts the default of one of its arguments before each prompt, but not
-        # before the empty one for guidance.
+        # The stock pipeline puts an instruction before each prompt, the default of an argument, but
+        # not before the empty prompt for guidance.
         call = inspect.signature(self.pipe.__call__)
         instruction = call.parameters["complex_human_instruction"].default
         if prompts == [""]:
@@ -906,17 +908,19 @@ def load_policy(config):
     policy = policy_class(pipe, config)
     for T in (config.train_steps, config.eval_steps):
         policy.time_grid(T)  # stops now if the scheduler cannot be used
-    unit = 2 * pipe.vae_scale_factor  # a token of SD3 and FLUX has 2 x 2 latents
-    largest = unit * policy.network.config.get("pos_embed_max_size", 1000)  # only SD3 has a limit
-    if config.resolution % unit or config.resolution > largest:
-        sys.exit(f"--resolution {config.resolution} must be a multiple of {unit}, up to {largest}")
+    unit = 2 * pipe.vae_scale_factor  # SD3 and FLUX join 2 x 2 latents in a token
+    if config.resolution % unit:
+        sys.exit(f"--resolution {config.resolution} must be a multiple of {unit}")
+    limit = policy.network.config.get("pos_embed_max_size")  # in tokens. Only SD3 has one
+    if limit and config.resolution > limit * unit:
+        sys.exit(f"--resolution {config.resolution} must be at most {limit * unit}")
     return policy
 
 
 # -------------------------------------------------------------------------------------- 6. options
 @dataclass
 class Config:
-    # One of PRESETS. If empty and the first reward has the name of a preset, that one
+    # One of PRESETS. If empty: the preset named like the first reward, if there is one
     preset: str = ""
     reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
     eval_reward: str = ""  # rewards that are only measured, to see whether --reward is being hacked
@@ -952,7 +956,8 @@ class Config:
     latest_start: int = 0  # the window starts at a random step from 0 to this
     # One first noise for a group. Its images then differ only by their SDE steps, so every
     # difference in reward is due to a step that is trained. In the paper, where all steps are
-    # random, different noises got higher rewards. For the toy's words it makes no clear difference
+    # random, different noises got higher rewards. It is meant for few random steps, but for the
+    # toy's words it makes no clear difference
     same_noise: bool = True
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch
@@ -977,10 +982,9 @@ class Config:
 # Steps, group size, noise level, resolution, beta and LoRA are from appendix B.3 of the paper. (The
 # beta is for GenEval and OCR. For PickScore it is 0.01.) The rest is from the code, but epochs and
 # batch_size are ours.
-# PAPER/CODE: The code trains in fp16. We use bf16, which needs no scaling of the loss.
-# PAPER/CODE: The code (as configured for 32 GPUs) averages only in every 8th update, but then
-# twice, with a decay of 0.9. We average after each update, with 0.974. In 8 updates both forget
-# equally much, because 0.974^8 = 0.9^2.
+# PAPER/CODE: The code trains SD3.5 in fp16. We use bf16, which needs no scaling of the loss.
+# PAPER/CODE: The code (for 32 GPUs) applies a decay of 0.9 twice in every 8th update. We apply
+# 0.974 in each: 0.974^8 = 0.9^2.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
@@ -990,8 +994,9 @@ PAPER = dict(
 
 # A cheaper setting, meant for one GPU of 24 GB but never tried on one. The numbers are from
 # verl-omni's script for SD3.5 and OCR (pull request 178 of github.com/verl-project/verl-omni), but
-# adam_eps is from UniRL (pull request 407), and the moving average and the evaluations are ours.
-# This is not the Flow-GRPO-Fast of the paper's authors.
+# adam_eps is from UniRL (pull request 407), and the moving average, eval_every, eval_prompts and
+# what saves memory are ours. The authors' own geneval_sd3_fast_nocfg has the same window, CPS, noise
+# level, clip range and beta.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
@@ -1005,7 +1010,7 @@ PRESETS = {
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux. It averages six times in every 8th update: 0.924^8 = 0.9^6.
+    # From the official pickscore_flux, which applies 0.9 six times in every 8th: 0.924^8 = 0.9^6.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
         eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.924,
@@ -1030,20 +1035,20 @@ def parse_config(argv=None):
         return tyro.cli(Config, default=Config(**defaults), args=argv, use_underscores=True,
                         description=__doc__)
 
-    config = parse({})
-    preset = config.preset
-    names = list(rewards.parse(config.reward, "--reward"))
-    if config.resume:
-        if preset:
-            sys.exit(f"--preset {preset}: not with --resume, which keeps the options of its run")
-        config = parse(read_checkpoint(config.resume)["options"])
-    elif preset:
-        if preset not in PRESETS:
-            sys.exit(f"--preset {preset}: choose from {', '.join(PRESETS)}")
-        config = parse(PRESETS[preset])
-    elif names[0] in PRESETS:
-        config = parse(PRESETS[names[0]])
-    rewards.parse(config.eval_reward, "--eval_reward")
+    asked = parse({})
+    first_reward = list(rewards.parse(asked.reward, "--reward"))[0]
+    if asked.resume:
+        if asked.preset:
+            sys.exit(f"--preset {asked.preset}: not with --resume, which keeps a run's options")
+        options = read_checkpoint(asked.resume)["options"]
+    elif asked.preset:
+        if asked.preset not in PRESETS:
+            sys.exit(f"--preset {asked.preset}: choose from {', '.join(PRESETS)}")
+        options = PRESETS[asked.preset]
+    else:
+        options = PRESETS.get(first_reward, {})
+    config = parse(options)
+    rewards.parse(config.eval_reward, "--eval_reward")  # stops for a wrong name
     check_config(config)
     check_machine(config)
     return config
@@ -1229,12 +1234,11 @@ def summary(folder, history):
 
 
 def save_images(images, rows, scores, folder):
-    """The first 12 images of all processes, with a file of their prompts and scores
+    """The first 12 images of an evaluation, with a file of their prompts and scores
 
     images are those of this process, rows and scores are those of all.
     """
-    images = gather_object(images[:12])  # at most 12 of each process, in order
-    images = images[:12]
+    images = gather_object(images[:12])[:12]  # of all processes, in order
     if not WORLD.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)

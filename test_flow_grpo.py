@@ -1500,7 +1500,7 @@ def run(*options):
     ("--report_to none", "report_to none.*not installed"), ("--reward ocrr", "ocrr.*geneval"),
     ("--eval_reward jpeg", "--eval_reward jpeg"),
     ("--precision bf16 --batch_size 4", "no GPU.*fp32"),
-    ("--resolution 30", "resolution 30.*multiple of 4"), ("--resolution 68", "up to 64"),
+    ("--resolution 30", "resolution 30.*multiple of 4"), ("--resolution 68", "at most 64"),
     ("--model ./nowhere", "model ./nowhere.*hf auth login"),
     ("--resume runs/no", "resume runs/no.*no checkpoint"),
     ("--resume runs/no --preset geneval", "preset geneval: not with --resume")])
