@@ -995,8 +995,8 @@ PAPER = dict(
 # A cheaper setting, meant for one GPU of 24 GB but never tried on one. The numbers are from
 # verl-omni's script for SD3.5 and OCR (pull request 178 of github.com/verl-project/verl-omni), but
 # adam_eps is from UniRL (pull request 407), and the moving average, eval_every, eval_prompts and
-# what saves memory are ours. The authors' own geneval_sd3_fast_nocfg has the same window, CPS, noise
-# level, clip range and beta.
+# what saves memory are ours. The authors' own geneval_sd3_fast_nocfg has the same window, CPS,
+# noise level, clip range and beta.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
