@@ -954,10 +954,9 @@ class Config:
     sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS (see chapter 1)
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
-    # One first noise for a group. Its images then differ only by their SDE steps, so every
-    # difference in reward is due to a step that is trained. In the paper, where all steps are
-    # random, different noises got higher rewards. It is meant for few random steps, but for the
-    # toy's words it makes no clear difference
+    # One first noise for a group: its images then differ only by steps that are trained. Meant for
+    # few random steps. In the paper, where all are random, different noises got higher rewards. For
+    # the toy's words it makes no clear difference
     same_noise: bool = True
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch
