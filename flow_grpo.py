@@ -1273,7 +1273,7 @@ def draw_before_after(folder):
     lines = math.ceil(len(titles) / 3)
     height = 1.5 + 0.15 * longest  # of a picture and its title, in inches
     figure = Figure(figsize=(8.8, 0.3 + lines * height), layout="constrained")
-    figure.suptitle(f"before training and after epoch {int(folders[-1].name)}")
+    figure.suptitle(f"before training (left) and after epoch {int(folders[-1].name)} (right)")
     for number, (before, after) in enumerate(zip(images_before, images_after)):
         gap = Image.new("RGB", (before.width // 24, before.height), "white")
         plot = figure.add_subplot(lines, 3, number + 1)

@@ -1725,7 +1725,7 @@ def figures(monkeypatch):
 def test_before_after_shows_the_first_and_the_last_evaluation_with_whole_captions(
         evaluated, figures):
     flow_grpo.draw_before_after(evaluated)
-    assert figures[0].get_suptitle() == "before training and after epoch 2"
+    assert figures[0].get_suptitle() == "before training (left) and after epoch 2 (right)"
     for folder in (evaluated, evaluated / "samples/0002"):
         assert (folder / "before_after.png").read_text() == "a picture"
     first, second = [plot for plot in figures[0].axes if plot.get_images()]

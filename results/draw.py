@@ -193,7 +193,7 @@ def hacking():
         axes.grid(alpha=0.3)
     reward.set_title("trained: the toy's PickScore", fontsize=9)
     reward.set_ylabel("score", fontsize=9)
-    taste.set_title("watched: the taste behind it", fontsize=9)
+    taste.set_title("watched: quality, the taste behind it", fontsize=9)
     taste.set_ylabel("taste, at most 1", fontsize=9)
     taste.legend(fontsize=8, frameon=False, loc="lower left", handlelength=4)
     diversity.set_title("watched: diversity in a prompt", fontsize=9)
@@ -205,7 +205,7 @@ OPTIONS = {
     "default": "the default",
     "noise0.4": "noise_level 0.4 instead of 0.7",
     "noise0.1": "noise_level 0.1",
-    "start0-3": "a window that begins at random, 0 to 3",
+    "start0-3": "a random step drawn anew each epoch, of 0 to 3",
     "different-noise": "no first noise shared by a group",
     "groups4x32": "4 groups of 32 instead of 16 of 8",
     "std-group": "advantages divided by the std of the group",
@@ -333,9 +333,9 @@ def last_step():
     early = noise_left(times, range(3))
     all_but_the_last = noise_left(times, range(9))
     axes.plot(shown, shown, "o-", color=ODE, label="as it should be, and with the ODE")
-    axes.plot(shown, early[:-1], "^--", color="0.6", label="only the first 3 are SDE steps")
+    axes.plot(shown, early[:-1], "^--", color="0.6", label="only the first 3 steps are random")
     axes.plot(shown, all_but_the_last[:-1], "s-", color=SDE,
-              label="all steps but the last are SDE steps")
+              label="all steps but the last are random")
     axes.set_xlabel("time t, from noise to image, on SD3.5's grid of 10 steps")
     axes.set_xlim(1.02, -0.02)
     axes.set_ylabel("std of the noise in x")
