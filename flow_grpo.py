@@ -129,16 +129,16 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #     reward, it is not even meant to be.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
 #     Then std = a * sqrt(1 / (1-s)) * sqrt(1-s) = a, even if the step is tiny, and x gets a bit too
-#     noisy: the noise in x_next has the variance keep^2 + std^2, which is 1 + a^4 / 4 for s near 1,
-#     instead of s^2.
+#     noisy. For s near 1, keep is 1 - a^2 / 2. So the noise in x_next has the variance
+#     keep^2 + std^2 = 1 + a^4 / 4 instead of 1.
 #   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
-# CPS (coefficients-preserving sampling) has the opposite error. Its keep^2 + std^2 = s^2 would be
-# right if noise_guess varied as much as the true noise. But noise_guess is an average and varies
-# less, so each random step leaves too little noise in x. The images have no grain, but they are too
-# much alike. Smaller steps do not help: the std of CPS does not depend on t-s. Early steps lose
-# little, because near t = 1 noise_guess is nearly the true noise. The paper's results are with the
-# flow SDE, our default.
+# CPS (coefficients-preserving sampling) has the opposite error. The fresh noise adds the variance
+# std^2, and keep^2 = s^2 - std^2 would take out as much if noise_guess had the variance 1. But
+# noise_guess is an average and varies less, so each random step leaves too little noise in x. The
+# images have no grain, but they are too much alike. Smaller steps do not help: the std of CPS does
+# not depend on t-s. Early steps lose little, because near t = 1 noise_guess is nearly the true
+# noise. The paper's results are with the flow SDE, our default.
 
 
 class Step(NamedTuple):
@@ -298,10 +298,10 @@ def choose_window(config, rng):
     only. But all images of a group are equally noisy, so many rewards can still compare them.
 
     A window of a few early steps leaves no such noise, and makes the update cheaper. Even one step
-    can be enough: step 0 adds noise of std a, so the images of a group differ. Early steps decide
-    most of what an image shows. Late ones decide little, but their std is small, and so their
-    gradients are large. In the toy they drown those of the early steps. The authors found later
-    (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
+    can be enough: step 0 of the flow SDE adds noise of std a, so the images of a group differ.
+    Early steps decide most of what an image shows. Late ones decide little, but their std is small,
+    and so their gradients are large. In the toy they drown those of the early steps. The authors
+    found later (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -345,8 +345,9 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
                 k = i - window.start
                 fresh_noise = randn_tensor(x.shape, fresh_generators[batch], x.device)
                 latents[batch, k] = x
-                x, log_prob[batch, k] = sde_step(x, v, step, fresh_noise)
+                x, step_log_prob = sde_step(x, v, step, fresh_noise)
                 latents[batch, k + 1] = x
+                log_prob[batch, k] = step_log_prob
             else:
                 x = x + v * (step.s - step.t)  # the ODE
         images += policy.decode(x)
@@ -533,8 +534,8 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
     # For OCR and GenEval also the share of images that are entirely right
     metrics |= rewards.accuracy(scores, repeat_each(test_set, n))
-    # The first image of each prompt. The images are those of this process, test_set and scores are
-    # of all.
+    # The first image of each prompt. save_images gathers the images of all processes. test_set and
+    # scores are already of all.
     save_images(drawn.images[::n], test_set, scores["reward"][::n], folder)
     return metrics
 
@@ -566,7 +567,7 @@ def train(config):
         f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
 
     is_finished = len(history) > config.epochs  # history also has epoch 0
-    if is_finished:  # evaluate once more, for example on all prompts (--eval_prompts 0)
+    if is_finished:  # only evaluate once more, for example on all prompts (--eval_prompts 0)
         metrics = evaluate(policy, config, eval_rewards, test_set, folder / "samples/again")
         say(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     for epoch in progress(range(len(history), config.epochs + 1), "epochs"):
@@ -872,8 +873,8 @@ class SanaPolicy(Policy):
         ).sample
 
     def encode_batch(self, prompts):
-        # The stock pipeline puts an instruction before each prompt, the default of an argument, but
-        # not before the empty prompt for guidance.
+        # The stock pipeline puts an instruction before each prompt (the default of its argument
+        # complex_human_instruction), but not before the empty prompt for guidance.
         call = inspect.signature(self.pipe.__call__)
         instruction = call.parameters["complex_human_instruction"].default
         if prompts == [""]:
@@ -982,8 +983,9 @@ class Config:
 # beta is for GenEval and OCR. For PickScore it is 0.01.) The rest is from the code, but epochs and
 # batch_size are ours.
 # PAPER/CODE: The code trains SD3.5 in fp16. We use bf16, which needs no scaling of the loss.
-# PAPER/CODE: The code (for 32 GPUs) applies a decay of 0.9 twice in every 8th update. We apply
-# 0.974 in each: 0.974^8 = 0.9^2.
+# PAPER/CODE: The code (for 32 GPUs) renews the average only in every 8th update, but then twice,
+# with a decay of 0.9. We renew it in each, with 0.974. Over 8 updates that is the same:
+# 0.974^8 = 0.9^2.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
     precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
@@ -994,8 +996,8 @@ PAPER = dict(
 # A cheaper setting, meant for one GPU of 24 GB but never tried on one. The numbers are from
 # verl-omni's script for SD3.5 and OCR (pull request 178 of github.com/verl-project/verl-omni), but
 # adam_eps is from UniRL (pull request 407), and the moving average, eval_every, eval_prompts and
-# what saves memory are ours. The authors' own geneval_sd3_fast_nocfg has the same window, CPS,
-# noise level, clip range and beta.
+# what saves memory are ours. What is not named here is PAPER's. The authors' own
+# geneval_sd3_fast_nocfg has the same window, CPS, noise level, clip range and beta.
 FAST = PAPER | dict(
     resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
     eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
@@ -1009,7 +1011,7 @@ PRESETS = {
     "sana-0.6b": FAST | dict(
         model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
         max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux, which applies 0.9 six times in every 8th: 0.924^8 = 0.9^6.
+    # From the official pickscore_flux, which uses 0.9 six times in 8 updates: 0.924^8 = 0.9^6.
     "flux.1-dev": PAPER | dict(
         model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
         eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.924,
@@ -1142,7 +1144,7 @@ def claim_folder(config):
     if config.name:
         folder = Path("runs", config.name)
     elif WORLD.is_main_process:
-        folder = new_folder(rewards.parse(config.reward, "--reward"))
+        folder = new_folder(list(rewards.parse(config.reward, "--reward")))
     folder = broadcast_object_list([folder])[0]  # that of the main process
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -1300,7 +1302,7 @@ def draw_curve(folder, history):
     panels = [["kl"]]
     for key in history[0]:  # epoch 0 is an evaluation
         if key.startswith("eval_reward/") or key == "eval_accuracy":
-            training_key = key.removeprefix("eval_")
+            training_key = key.removeprefix("eval_")  # there is none for the accuracy
             panels.append([training_key, key])
     figure = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
     for plot, keys in zip(figure.subplots(1, len(panels)), panels):
