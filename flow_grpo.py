@@ -1299,11 +1299,12 @@ def draw_film(folder):
 
 def draw_curve(folder, history):
     """A panel for each reward, and for the accuracy and the KL penalty -> curve.png"""
-    panels = [["kl"]]
+    panels = []
     for key in history[0]:  # epoch 0 is an evaluation
         if key.startswith("eval_reward/") or key == "eval_accuracy":
             training_key = key.removeprefix("eval_")  # there is none for the accuracy
             panels.append([training_key, key])
+    panels.append(["kl"])
     figure = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
     for plot, keys in zip(figure.subplots(1, len(panels)), panels):
         for key in keys:

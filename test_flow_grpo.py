@@ -1750,10 +1750,10 @@ def test_the_curve_has_a_panel_for_each_metric(evaluated, figures):
         assert plot.get_xlabel() == "epoch"
         panels.append({line.get_label(): line.get_xydata().tolist() for line in plot.get_lines()})
     assert panels == [
-        {"kl": [[1, 0.01], [2, 0.02]]},
         {"reward/a": [[1, 0.3], [2, 0.4]], "eval_reward/a": [[0, 0.1], [2, 0.5]]},
         {"eval_reward/b": [[0, 5.0], [2, 4.0]]},
-        {"eval_accuracy": [[0, 0.2], [2, 0.6]]}]
+        {"eval_accuracy": [[0, 0.2], [2, 0.6]]},
+        {"kl": [[1, 0.01], [2, 0.02]]}]
 
 
 def test_the_film_has_at_most_12_frames_from_the_first_to_the_last(tmp_path):
