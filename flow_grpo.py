@@ -1049,7 +1049,6 @@ def parse_config(argv=None):
     else:
         options = PRESETS.get(first_reward, {})
     config = parse(options)
-    rewards.parse(config.eval_reward, "--eval_reward")  # stops for a wrong name
     check_config(config)
     check_machine(config)
     return config

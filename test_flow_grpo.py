@@ -1510,10 +1510,11 @@ def test_a_mistake_gives_one_clear_line_and_leaves_nothing(desk, options, says):
     assert not Path("runs").exists()
 
 
-def test_what_may_be_0_and_the_largest_window():
+def test_what_may_be_0_and_what_is_the_largest():
     flow_grpo.check_config(small(
         seed=0, epochs=0, window=0, latest_start=0, beta=0.0, ema_decay=0.0, eval_prompts=0))
     flow_grpo.check_config(small(train_steps=6, window=3, latest_start=2))
+    assert load_policy(small(resolution=64)).latent_shape == (4, 32, 32)
 
 
 @pytest.mark.parametrize("option, value", [
