@@ -979,50 +979,113 @@ class Config:
     eval_per_prompt: int = 2  # images of each of them
 
 
-# Steps, group size, noise level, resolution, beta and LoRA are from appendix B.3 of the paper. (The
-# beta is for GenEval and OCR. For PickScore it is 0.01.) The rest is from the code, but epochs and
-# batch_size are ours.
-# PAPER/CODE: The code trains SD3.5 in fp16. We use bf16, which needs no scaling of the loss.
-# PAPER/CODE: The code (for 32 GPUs) renews the average only in every 8th update, but then twice,
-# with a decay of 0.9. We renew it in each, with 0.974. Over 8 updates that is the same:
-# 0.974^8 = 0.9^2.
+# Steps, group size, noise level, resolution, beta and LoRA are from appendix B.3 of the paper. What
+# has no comment and is not among these is from the code.
 PAPER = dict(
-    model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
-    precision="bf16", epochs=1000, eval_every=60, groups=48, group_size=24, train_steps=10,
-    eval_steps=40, noise_level=0.7, sde="flow", window=0, same_noise=False, guidance=4.5, updates=2,
-    learning_rate=3e-4, lr_decay=False, clip_range=1e-4, beta=0.04, std_over="epoch", lora_rank=32,
-    ema_decay=0.974, batch_size=8, eval_prompts=0, eval_per_prompt=1)
+    model="stabilityai/stable-diffusion-3.5-medium",
+    resolution=512,
+    max_sequence_length=128,
+    # PAPER/CODE: The code trains SD3.5 in fp16. bf16 needs no scaling of the loss.
+    precision="bf16",
+    epochs=1000,  # ours
+    eval_every=60,
+    groups=48,
+    group_size=24,
+    train_steps=10,
+    eval_steps=40,
+    noise_level=0.7,
+    sde="flow",
+    window=0,
+    same_noise=False,
+    guidance=4.5,
+    updates=2,
+    learning_rate=3e-4,
+    lr_decay=False,
+    clip_range=1e-4,
+    beta=0.04,  # for GenEval and OCR. For PickScore it is 0.01
+    std_over="epoch",
+    lora_rank=32,
+    # PAPER/CODE: The code (for 32 GPUs) renews the average only in every 8th update, but then
+    # twice, with a decay of 0.9. We renew it in each. Over 8 updates that is the same:
+    # 0.974^8 = 0.9^2.
+    ema_decay=0.974,
+    batch_size=8,  # ours
+    eval_prompts=0,
+    eval_per_prompt=1,
+)
 
-# A cheaper setting, meant for one GPU of 24 GB but never tried on one. The numbers are from
-# verl-omni's script for SD3.5 and OCR (pull request 178 of github.com/verl-project/verl-omni), but
-# adam_eps is from UniRL (pull request 407), and the moving average, eval_every, eval_prompts and
-# what saves memory are ours. What is not named here is PAPER's. The authors' own
-# geneval_sd3_fast_nocfg has the same window, CPS, noise level, clip range and beta.
+# A cheaper setting, meant for one GPU of 24 GB but never tried on one. What has no comment is from
+# verl-omni's script for SD3.5 and OCR (pull request 178 of github.com/verl-project/verl-omni). The
+# authors' own geneval_sd3_fast_nocfg has the same window, CPS, noise level, clip range and beta.
 FAST = PAPER | dict(
-    resolution=384, max_sequence_length=256, epochs=100, eval_every=10, groups=8, group_size=8,
-    eval_steps=28, window=3, latest_start=2, sde="cps", noise_level=0.8, guidance=1.0,
-    learning_rate=1e-4, clip_range=1e-5, beta=0.0, adam_eps=1e-15, ema_decay=0.9,
-    gradient_checkpointing=True, offload=True, eval_prompts=64)
+    resolution=384,
+    max_sequence_length=256,
+    epochs=100,
+    eval_every=10,  # ours
+    groups=8,
+    group_size=8,
+    eval_steps=28,
+    window=3,
+    latest_start=2,
+    sde="cps",
+    noise_level=0.8,
+    guidance=1.0,
+    learning_rate=1e-4,
+    clip_range=1e-5,
+    beta=0.0,
+    adam_eps=1e-15,  # from pull request 407 of UniRL
+    ema_decay=0.9,  # ours
+    gradient_checkpointing=True,  # ours
+    offload=True,  # ours
+    eval_prompts=64,  # ours
+)
 
 PRESETS = {
     "sd3.5-medium": PAPER,
     "sd3.5-medium-fast": FAST,
     # FAST for a smaller model. Nobody has reported a run with these numbers.
     "sana-0.6b": FAST | dict(
-        model="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512,
-        max_sequence_length=300, batch_size=4),
-    # From the official pickscore_flux, which uses 0.9 six times in 8 updates: 0.924^8 = 0.9^6.
+        model="Efficient-Large-Model/Sana_600M_512px_diffusers",
+        resolution=512,
+        max_sequence_length=300,
+        batch_size=4,
+    ),
+    # From the official pickscore_flux
     "flux.1-dev": PAPER | dict(
-        model="black-forest-labs/FLUX.1-dev", reward="pickscore", eval_every=30, train_steps=6,
-        eval_steps=28, guidance=3.5, noise_level=0.9, beta=0.0, lora_rank=64, ema_decay=0.924,
-        batch_size=4, gradient_checkpointing=True),
+        model="black-forest-labs/FLUX.1-dev",
+        reward="pickscore",
+        eval_every=30,
+        train_steps=6,
+        eval_steps=28,
+        guidance=3.5,
+        noise_level=0.9,
+        beta=0.0,
+        lora_rank=64,
+        ema_decay=0.924,  # the code uses 0.9 six times in 8 updates: 0.924^8 = 0.9^6
+        batch_size=4,  # this and the next to save memory
+        gradient_checkpointing=True,
+    ),
     # Two more rewards for the toy. The defaults in Config are for OCR, these take longer.
     "geneval": dict(
-        reward="geneval", group_size=16, epochs=36, eval_every=12, window=2, learning_rate=1.5e-3,
-        lr_decay=False, beta=0.1),
+        reward="geneval",
+        group_size=16,
+        epochs=36,
+        eval_every=12,
+        window=2,
+        learning_rate=1.5e-3,
+        lr_decay=False,
+        beta=0.1,
+    ),
     "toy_pickscore": dict(
-        reward="toy_pickscore", groups=8, group_size=16, epochs=24, eval_every=12, window=2,
-        learning_rate=2e-3, beta=0.1),
+        reward="toy_pickscore",
+        groups=8,
+        group_size=16,
+        epochs=24,
+        eval_every=12,
+        window=2,
+        learning_rate=2e-3,
+        beta=0.1,
+    ),
 }
 
 
