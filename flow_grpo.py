@@ -921,8 +921,8 @@ def load_policy(config):
 # -------------------------------------------------------------------------------------- 6. options
 @dataclass
 class Config:
-    # One of PRESETS: sd3.5-medium, sd3.5-medium-fast, sana-0.6b, flux.1-dev, geneval, toy_pickscore.
-    # If empty, the one that is named like the first reward, if there is one
+    # sd3.5-medium, sd3.5-medium-fast, sana-0.6b, flux.1-dev, geneval or toy_pickscore (PRESETS). If
+    # empty, the one that is named like the first reward, if there is one
     preset: str = ""
     reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
     eval_reward: str = ""  # rewards that are only measured, to see whether --reward is being hacked
