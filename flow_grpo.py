@@ -732,10 +732,10 @@ class Policy:
         shift = vae.config.get("shift_factor") or 0
         pixels = vae.decode(latents / vae.config.scaling_factor + shift).sample
         if not pixels.isfinite().all():
-            advice = f"the cause is --model {self.config.model} itself"
+            advice = f"before any update, so the cause is --model {self.config.model} itself"
             if self.updates_made > 0:
-                advice = "lower --learning_rate"
-            sys.exit(f"the pixels of an image are not finite: {advice}")
+                advice = "after an update: lower --learning_rate"
+            sys.exit(f"the pixels of an image are not finite, {advice}")
         return self.pipe.image_processor.postprocess(pixels)
 
     def reference(self):
@@ -1173,7 +1173,8 @@ def check_machine(config):
 # ------------------------------------------------------------------- 7. processes, files, pictures
 # The folder of a run has config.json, metrics.jsonl (a line for each epoch), checkpoint.pt (for
 # --resume), pytorch_lora_weights.safetensors (for diffusers), before_after.png, curve.png and
-# film.gif. samples/0006 has the first images and the LoRA of the evaluation after epoch 6.
+# film.gif. samples/0006 has the first images of the evaluation after epoch 6, its before_after.png
+# and its LoRA.
 
 
 def progress(items, title):
