@@ -1,9 +1,9 @@
 """Flow-GRPO in one file: reinforcement learning for flow-matching image models (arXiv 2505.05470).
 
 A flow-matching model such as Stable Diffusion 3.5 turns noise into an image by solving an ordinary
-differential equation (ODE). Only the first noise is random, and the model does not choose it. But
-reinforcement learning needs random choices: it makes the choices that turned out well more likely.
-So Flow-GRPO trains with random steps, and then uses the trained model without the randomness:
+differential equation (ODE). After the first noise, nothing is random. But reinforcement learning
+needs random choices, because it makes those that turned out well more likely. So Flow-GRPO trains
+with random steps, and later samples without the randomness:
 
   sde_step          One denoising step, made random: some of the noise in x is replaced by fresh
                     noise. So x_next comes from a Gaussian whose density is known, and this Gaussian
@@ -31,10 +31,9 @@ PAPER/CODE marks where the paper, the official code (github.com/yifan123/flow_gr
 differ. We mostly follow the code, because the published learning rate, clip range and beta (the
 weight of the KL penalty) belong to it.
 
-Chapters 1 to 4 are the method. The rest is what it takes to run it: chapter 5 drives the diffusers
-models, 6 has the options, 7 the files and pictures. The default model is a toy, an SD3 pipeline of
-5 MB (toy/). Its options are not the paper's: only one or two steps are random, and all images of a
-group start from the same noise.
+Chapters 1 to 4 are the method. Chapter 5 drives the diffusers models, 6 has the options, 7 the
+files and pictures. The default model is a toy, an SD3 pipeline of 5 MB (toy/). Its options are not
+the paper's: it trains only one or two steps.
 
   python flow_grpo.py --reward ocr                     # teach the toy to write: 2 minutes on a CPU
   python flow_grpo.py --reward my_rewards.py:judge     # your own reward, see `redness` and README
@@ -48,7 +47,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import textwrap
 import time
@@ -88,8 +86,8 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
     library.utils.logging.disable_progress_bar()
 
 # ------------------------------------------------------------------------------ 1. the mathematics
-# All of this is in float32 or better, even if the network runs in bf16: the update compares
-# probabilities whose ratio differs from 1 by about 0.0001, and bf16 would round it to exactly 1.
+# All of this is in float32 or better, even if the network runs in bf16: the update compares nearly
+# equal probabilities, and bf16 would round their ratio to exactly 1.
 #
 # Many pairs of data and noise give the same x, so the best v that the network can predict, with the
 # least squared error, is the average of noise - data over all of them. From x and v we get
@@ -109,9 +107,9 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
 # If v is the best one and steps are small, equation 9 gives x the same distribution as the ODE, at
-# every time and whatever sigma is. Why? (Skip the two points if you trust this.) Let p be the
-# density of x. A step of equation 9 does two things that the ODE's step does not. By the
-# Fokker-Planck equation, their effects on p cancel:
+# every time and whatever sigma is. (Appendix A has the proof. Skip the two points if you trust it.)
+# Let p be the density of x. A step of equation 9 does two things that the ODE's step does not, and
+# by the Fokker-Planck equation their effects on p cancel:
 #
 #   1. It adds fresh noise. This blurs p: it changes by std^2 / 2 * laplacian(p).
 #   2. It keeps less of noise_guess, which moves x by m = -std^2 / (2t) * noise_guess. This sharpens
@@ -123,22 +121,21 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #
 #      A move m changes p by -div(p * m), here by -std^2 / 2 * laplacian(p).
 #
-# Appendix A of the paper has the proof. In practice the distributions are only roughly the same:
+# In practice the distributions are only roughly the same:
 #
 #   - The v of a network is only roughly the best one. With guidance, or after training towards a
 #     reward, it is not even meant to be.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
-#     Then std = a * sqrt(1 / (1-s)) * sqrt(1-s) = a, even if the step is tiny, and x gets a bit too
-#     noisy. For s near 1, keep is 1 - a^2 / 2. So the noise in x_next has the variance
-#     keep^2 + std^2 = 1 + a^4 / 4 instead of 1.
+#     Then std = a, even if the step is tiny, and x gets a bit too noisy. For s near 1, keep is
+#     1 - a^2 / 2, and the noise in x_next has the variance keep^2 + std^2 = 1 + a^4 / 4 instead of
+#     1.
 #   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
-# CPS (coefficients-preserving sampling) has the opposite error. The fresh noise adds the variance
-# std^2, and keep^2 = s^2 - std^2 would take out as much if noise_guess had the variance 1. But
-# noise_guess is an average and varies less, so each random step leaves too little noise in x. The
-# images have no grain, but they are too much alike. Smaller steps do not help: the std of CPS does
-# not depend on t-s. Early steps lose little, because near t = 1 noise_guess is nearly the true
-# noise. The paper's results are with the flow SDE, our default.
+# CPS (coefficients-preserving sampling) has the opposite error. Its keep would be right if
+# noise_guess had the variance 1. But noise_guess is an average and varies less, so each random step
+# leaves too little noise in x. The images have no grain, but they are too much alike. Smaller steps
+# do not help, because the std of CPS does not depend on t-s. The paper's results are with the flow
+# SDE, our default.
 
 
 class Step(NamedTuple):
@@ -147,7 +144,7 @@ class Step(NamedTuple):
     s: torch.Tensor
     keep: torch.Tensor  # the factor of noise_guess
     std: torch.Tensor  # how much fresh noise is added
-    kl_scale: torch.Tensor  # the scale in kl_penalty: sigma for the flow SDE, std for CPS
+    kl_scale: torch.Tensor  # only for kl_penalty: sigma for the flow SDE, std for CPS
 
 
 def make_step(times, i, noise_level, sde="flow"):
@@ -209,8 +206,7 @@ def kl_penalty(mean, mean_ref, kl_scale):
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean. With the flow SDE it
-    also divides by sigma^2 instead of std^2 = sigma^2 * (t-s). We do the same. So for a step from
-    t = 0.6 to s = 0.5 the penalty is a tenth of what it would be with std^2.
+    also divides by sigma^2 instead of std^2 = sigma^2 * (t-s). We do the same.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -220,8 +216,8 @@ def group_advantages(scores, std_over="epoch"):
     """How much better each image is than its group (equation 4). scores: [groups, group_size].
 
     Some prompts are easy and some are hard, so a reward says little by itself. PPO trains a second
-    network, the critic, to predict what to expect. GRPO (group relative policy optimization) takes
-    the mean of a group instead: its images have the same prompt and come from the same policy.
+    network, the critic, to predict the reward. GRPO (group relative policy optimization) takes the
+    mean reward of a group instead: its images have the same prompt and come from the same policy.
 
     PAPER/CODE: The paper divides by the std of the group, the code by the std of all images of the
     epoch. The second does not enlarge tiny differences within a group. The 1e-4 and the clamp are
@@ -229,12 +225,12 @@ def group_advantages(scores, std_over="epoch"):
     """
     # In float64 the mean of equal float32 scores is exact, so their advantages are exactly 0.
     scores = scores.double()
-    better = scores - scores.mean(1, keepdim=True)
+    difference = scores - scores.mean(1, keepdim=True)
     if std_over == "epoch":
         std = scores.std(unbiased=False)
     else:
         std = scores.std(1, unbiased=False, keepdim=True)
-    advantages = better / (std + 1e-4)
+    advantages = difference / (std + 1e-4)
     return advantages.clamp(-5, 5).float()
 
 
@@ -251,8 +247,6 @@ def clipped_loss(ratio, advantages, clip_range):
 
         advantage > 0    the gradient is 0 once the ratio is above 1 + clip_range
         advantage < 0    the gradient is 0 once the ratio is below 1 - clip_range
-
-    A move in the wrong direction is never clipped.
 
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and with
@@ -286,22 +280,22 @@ class Rollout:
 def choose_window(config, rng):
     """Which steps are SDE steps -> range. Only these are trained.
 
-    They are `window` steps in a row, which begin at a random step from 0 to `latest_start`. If
-    `window` is 0, they are all steps but the last.
+    They are `window` steps in a row, from a random start between 0 and `latest_start`. If `window`
+    is 0, they are all steps but the last.
 
     PAPER/CODE: In the paper all steps are random and trained. In the code all are random, but the
     last one is not trained. We take the last one with the ODE. (With CPS its std is 0 anyway.)
 
     With the flow SDE and `window` 0, images of ten steps are visibly noisy. At a = 0.7 on SD3.5's
-    time grid, the last SDE step goes from t = 0.28 to s = 0.009. It adds noise of std 0.225, where
-    x should contain only 0.009. One step is left, from t = 0.009 to 0, and removes noise of 0.009
-    only. But all images of a group are equally noisy, so many rewards can still compare them.
+    time grid, the last SDE step goes from t = 0.28 to s = 0.009. It adds noise of std 0.225, and
+    the only step left, from t = 0.009 to 0, removes noise of 0.009. But all images of a group are
+    equally noisy, so many rewards can still compare them.
 
-    A window of a few early steps leaves no such noise, and makes the update cheaper. Even one step
-    can be enough: step 0 of the flow SDE adds noise of std a, so the images of a group differ.
-    Early steps decide most of what an image shows. Late ones decide little, but their std is small,
-    and so their gradients are large. In the toy they drown those of the early steps. The authors
-    found later (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
+    A window of a few early steps leaves no such noise, and makes the update cheaper. Early steps
+    decide most of what an image shows, and even one of them makes the images of a group differ.
+    Late steps decide little, but their std is small, and so their gradients are large. In the toy
+    they drown those of the early steps. The authors found later (Flow-GRPO-Fast, with PickScore)
+    that two random steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -314,11 +308,11 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     """Sample B images in T steps, a group of them for each prompt -> Rollout
 
     first_seeds [B] are for the first noise of each image, fresh_seeds [B] for its SDE steps, if
-    there are any. The steps outside of the window follow the ODE.
+    there are any.
 
-    Training samples in few steps (in the paper 10 instead of 40), which the paper calls denoising
-    reduction. The images are worse, but good enough to be compared. The same network gives v in 10
-    and in 40 steps, so what it learns should carry over.
+    Training samples in 10 steps instead of 40, which the paper calls denoising reduction. The
+    images are worse, but good enough to be compared. The same network gives v in 10 and in 40
+    steps, so what it learns should carry over.
     """
     B = len(first_seeds)
     K = len(window)
@@ -326,8 +320,8 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     times = policy.time_grid(T)
     condition = [c.repeat_interleave(group_size, 0) for c in policy.encode(prompts)]
 
-    # Each image has generators of its own, on the CPU. So its noise depends on its seeds only, and
-    # not on the batch or the device.
+    # Each image has its own generators, on the CPU. So its noise does not depend on the batch or
+    # the device.
     first_noise = randn_tensor((B, *policy.latent_shape), generators(first_seeds))
     fresh_generators = generators(fresh_seeds)
 
@@ -359,15 +353,15 @@ def generators(seeds):
 
 
 # --------------------------------------------------------------------------------------- 3. update
-def update(policy, config, drawn, advantages):
+def update(policy, config, episodes, advantages):
     """The updates of an epoch -> metrics
 
-    drawn is the Rollout of this process, and advantages [B] are those of its images.
+    episodes is the Rollout of this process, and advantages [B] are those of its images.
 
-    Several small updates usually get further than a large one. So the images of an epoch are split,
-    and each update gets a part of every group. From the second update on, the images come from a
-    slightly older policy. Our ratio cannot correct for that (see `clipped_loss`), so the policy
-    must not get far from it: each image is used in one update only, as in the official code.
+    Several small updates usually get further than a large one. So each update gets a part of every
+    group. From the second update on, the images come from a slightly older policy, and our ratio
+    cannot correct for that (see `clipped_loss`). So each image is used only once, as in the
+    official code.
 
     PAPER/CODE: The code shuffles the images of the epoch first. We need not. All images of a group
     are drawn in the same way, so the first half of a group is as good as a random half.
@@ -378,51 +372,51 @@ def update(policy, config, drawn, advantages):
     # [groups, group_size]. With 2 updates, [[0, 1, 2, 3], [4, 5, 6, 7]] is split into
     # [[0, 1], [4, 5]] for the first and [[2, 3], [6, 7]] for the second.
     image_numbers = torch.arange(len(advantages)).view(-1, config.group_size)
-    sde_steps = torch.arange(len(drawn.window))
+    sde_steps = torch.arange(len(episodes.window))
 
     kls, ratios, norms = [], [], []
     parts = image_numbers.chunk(config.updates, dim=1)
     for update_number, part in enumerate(parts):
-        pairs = torch.cartesian_prod(part.flatten(), sde_steps)  # each image with each SDE step
+        pairs = torch.cartesian_prod(part.flatten(), sde_steps)  # [image, k], each with each
         pairs_of_all_processes = len(pairs) * WORLD.num_processes
         for batch in progress(pairs.split(config.batch_size), "update"):
-            policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
+            policy_loss, kl, ratio = losses(policy, config, episodes, advantages, batch)
             check_ratio(ratio, config.clip_range, is_first=update_number == 0)
             loss = policy_loss + config.beta * kl
-            # The gradients of all batches add up, and optimize() adds those of all processes. So
-            # the sum is divided by the number of all pairs, which gives the mean.
+            # Gradients add up over the batches, and in optimize() over the processes. Dividing by
+            # the number of all pairs gives the mean.
             (loss.sum() / pairs_of_all_processes).backward()
             kls.append(kl.detach())
             ratios.append(ratio.detach())
         norms.append(policy.optimize())
 
     kl = gather(torch.cat(kls))
-    moved = gather(torch.cat(ratios)) - 1
-    too_low = moved < -config.clip_range
-    too_high = moved > config.clip_range
+    ratio = gather(torch.cat(ratios))
+    clip_low = ratio < 1 - config.clip_range
+    clip_high = ratio > 1 + config.clip_range
     return {
         "kl": kl.mean(),  # how far the policy is from the base model
-        "ratio_deviation": moved.abs().max(),  # the largest distance of a ratio from 1
-        # The shares of ratios below and above the clip range
-        "clip_low": too_low.float().mean(),
-        "clip_high": too_high.float().mean(),
+        "ratio_deviation": (ratio - 1).abs().max(),
+        "clip_low": clip_low.float().mean(),
+        "clip_high": clip_high.float().mean(),
         "grad_norm": np.mean(norms),
     }
 
 
-def losses(policy, config, drawn, advantages, batch):
+def losses(policy, config, episodes, advantages, batch):
     """The terms of equation 5 -> policy_loss, kl, ratio, all [b]
 
     The batch [b, 2] has b pairs: the index of an image, and that of an SDE step.
     """
-    image, k = batch.unbind(1)
-    x = drawn.latents[image, k]
-    x_next = drawn.latents[image, k + 1]
-    old_log_prob = drawn.log_prob[image, k]
-    advantage = advantages[image].to(x.device)
-    condition = [c[image] for c in drawn.condition]
-    i = drawn.window.start + k
-    step = make_step(drawn.times, i, config.noise_level, config.sde)
+    numbers = batch[:, 0]  # of the images
+    k = batch[:, 1]
+    x = episodes.latents[numbers, k]
+    x_next = episodes.latents[numbers, k + 1]
+    old_log_prob = episodes.log_prob[numbers, k]
+    advantage = advantages[numbers].to(x.device)
+    condition = [c[numbers] for c in episodes.condition]
+    i = episodes.window.start + k
+    step = make_step(episodes.times, i, config.noise_level, config.sde)
 
     v = policy.velocity(x, step.t, condition)
     mean = sde_mean(x, v, step)
@@ -431,7 +425,7 @@ def losses(policy, config, drawn, advantages, batch):
     policy_loss = clipped_loss(ratio, advantage, config.clip_range)
 
     # reference() turns the LoRA off. With a beta of 0 the KL is only measured, to see how far the
-    # policy has moved. This costs a pass without gradients.
+    # policy has moved.
     with torch.no_grad(), policy.reference():
         v_ref = policy.velocity(x, step.t, condition)
     mean_ref = sde_mean(x, v_ref, step)
@@ -469,38 +463,37 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
     train_rewards are {name: (function, weight)}.
     """
     groups = config.groups
-    size = config.group_size
+    group_size = config.group_size
     rng = random.Random(f"{config.seed}/{epoch}")
     repeats = math.ceil(groups / len(train_set))  # above 1 if there are fewer prompts than groups
     pool = train_set * repeats
     chosen = rng.sample(pool, groups)
-    first_seeds = [rng.getrandbits(60) for _ in range(groups * size)]
-    fresh_seeds = [rng.getrandbits(60) for _ in range(groups * size)]
+    first_seeds = [rng.getrandbits(60) for _ in range(groups * group_size)]
+    fresh_seeds = [rng.getrandbits(60) for _ in range(groups * group_size)]
     if config.same_noise:  # so only the SDE steps, which are trained, make a difference in a group
-        first_seeds = repeat_each(first_seeds[:groups], size)
+        first_seeds = repeat_each(first_seeds[:groups], group_size)
     window = choose_window(config, rng)
 
     rows = my_part(chosen)  # if there are several processes, each has its part of the groups
     prompts = [row["prompt"] for row in rows]
-    drawn = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
-                    my_part(fresh_seeds))
+    episodes = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
+                       my_part(fresh_seeds))
 
     # Each process scores its own images and gets the scores of all: a dict of arrays, "reward/NAME"
     # for each reward and "reward", their weighted sum.
-    scores = rewards.score(train_rewards, drawn.images, repeat_each(rows, size))
+    scores = rewards.score(train_rewards, episodes.images, repeat_each(rows, group_size))
 
-    group_scores = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, size)
+    group_scores = torch.tensor(scores["reward"], dtype=torch.float32).view(groups, group_size)
     advantages = group_advantages(group_scores, config.std_over)
     if not advantages.isfinite().all():
         sys.exit("an advantage is not finite: the scores of the reward are too large")
     own_advantages = my_part(advantages).flatten()
 
-    metrics = update(policy, config, drawn, own_advantages)
+    metrics = update(policy, config, episodes, own_advantages)
 
     # The share of groups that teach nothing, because all their images have the same score.
     equal = group_scores.amax(1) == group_scores.amin(1)
     metrics["no_signal"] = equal.float().mean()
-    metrics["group_std"] = group_scores.std(1, unbiased=False).mean()
     return metrics | {key: values.mean() for key, values in scores.items()}
 
 
@@ -513,11 +506,11 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
     """Sample the test prompts with the ODE -> metrics. The images go to the folder.
 
     Why can we train with the SDE and sample with the ODE? Both use the same v, and a change of v
-    moves the mean of an SDE step and the step of the ODE in the same direction. A short window
-    trains v at a few times only, but one LoRA serves all times, so v changes at the others, too.
+    moves the mean of an SDE step and the step of the ODE in the same direction. One LoRA serves all
+    times, so v also changes outside of the window.
 
-    We evaluate a moving average of the LoRA's weights, which is less noisy than the weights after
-    any one update. The seeds are always the same, so that runs can be compared.
+    We evaluate a moving average of the LoRA's weights, which is less noisy than the weights
+    themselves. The seeds are always the same, so that runs can be compared.
     """
     n = config.eval_per_prompt
     if config.eval_prompts > 0:
@@ -526,43 +519,44 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
     rows = [test_set[number] for number in numbers]
     prompts = [row["prompt"] for row in rows]
     seeds = [number * n + copy for number in numbers for copy in range(n)]
-    no_sde_steps = range(0)
+    no_window = range(0)
     with policy.averaged():
-        drawn = rollout(policy, config, prompts, seeds, config.eval_steps, no_sde_steps)
-    scores = rewards.score(eval_rewards, drawn.images, repeat_each(rows, n))  # of all images
+        episodes = rollout(policy, config, prompts, seeds, config.eval_steps, no_window)
+    scores = rewards.score(eval_rewards, episodes.images, repeat_each(rows, n))  # of all images
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
     # For OCR and GenEval also the share of images that are entirely right
     metrics |= rewards.accuracy(scores, repeat_each(test_set, n))
-    # The first image of each prompt. save_images gathers the images of all processes. test_set and
-    # scores are already of all.
-    save_images(drawn.images[::n], test_set, scores["reward"][::n], folder)
+    # The first image of each prompt
+    save_images(episodes.images[::n], test_set, scores["reward"][::n], folder)
     return metrics
 
 
 def train(config):
     """The whole run. Epoch 0 only evaluates, to see what the base model can do."""
+    say(f"loading the reward {config.reward} and the model {config.model}")
     train_set = rewards.load_prompts(config, "train")
     test_set = rewards.load_prompts(config, "test")
-    say(f"loading the reward {config.reward} and the model {config.model}")
     train_rewards = rewards.load(config.reward, "--reward")
-    # Evaluations also measure the rewards of --eval_reward, with a weight of 0 in the sum.
     eval_rewards = dict(train_rewards)
     for name, (function, _) in rewards.load(config.eval_reward, "--eval_reward").items():
         if name not in eval_rewards:
-            eval_rewards[name] = (function, 0)
+            eval_rewards[name] = (function, 0)  # measured, but with a weight of 0 in the sum
     rewards.check(eval_rewards, train_set + test_set)
+
     policy = load_policy(config)
     all_prompts = [row["prompt"] for row in train_set + test_set]
     for warning in rewards.warnings(policy.tokenizer, config.max_sequence_length, all_prompts):
         say(warning)
+
     folder = claim_folder(config)
     history = []  # the metrics of each epoch
     if config.resume:
         checkpoint = read_checkpoint(folder)
         policy.restore(checkpoint)
         history = checkpoint["history"]
-    accelerator = start_trackers(config, folder)
+    accelerator = Accelerator(log_with=config.report_to or None, project_dir=folder)
+    accelerator.init_trackers("flow_grpo", asdict(config), {"wandb": {"name": folder.name}})
     say(f"{folder}: {config.groups} groups of {config.group_size} images in an epoch, on "
         f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
 
@@ -575,8 +569,8 @@ def train(config):
         metrics = {"epoch": epoch}
         if epoch > 0:
             # Late in a run, nearly all groups may have equal scores. Then mostly the KL penalty has
-            # a gradient, and Adam takes full steps back to the base model, however small that
-            # gradient is. A falling learning rate makes these steps small.
+            # a gradient. However small it is, Adam takes full steps back to the base model, unless
+            # the learning rate falls.
             learning_rate = config.learning_rate
             if config.lr_decay:
                 learning_rate *= 1 - (epoch - 1) / config.epochs
@@ -601,19 +595,9 @@ ALPHA_OVER_RANK = 2  # as in the official code
 class Policy:
     """An SD3 pipeline (the toy is one) with a LoRA, an optimizer and a moving average of the LoRA
 
-    For another family, write a subclass like SanaPolicy below and enter it in POLICIES:
-
-      lora_layers   the layers that are trained
-      encode_batch  gives the condition as two tensors, with a row for each prompt. For guidance it
-                    is also called with [""] alone.
-      forward       gives the velocity. t is 1 for noise, and v leads from the image to the noise.
-                    Some networks define t and v the other way round.
-      velocity      only if its guidance is an input of the network
-      time_grid     only if its own pipeline gives set_timesteps other arguments, such as mu
-      decode        only if its VAE scales the latents in another way
-
-    To test your class, sample with an empty window. The images must be those of the family's own
-    pipeline, with the same scheduler and noise. The tests do this for all in their list FAMILIES.
+    For another family, write a subclass like SanaPolicy below and enter it in POLICIES. To test it,
+    sample with an empty window. The images must be those of the family's own pipeline, with the
+    same scheduler and noise. The tests do this for all in their list FAMILIES.
     """
 
     lora_layers = [  # as in the official code: the attention of image tokens and of text tokens
@@ -623,20 +607,19 @@ class Policy:
     def __init__(self, pipe, config):
         self.pipe = pipe
         self.config = config
-        encoders = [part for name, part in pipe.components.items()
-                    if "text_encoder" in name and part is not None]
-        self.encoders = torch.nn.ModuleList(encoders)
-        tokenizers = [part for name, part in pipe.components.items()
-                      if "tokenizer" in name and part is not None]
-        self.tokenizer = tokenizers[-1]  # that of T5 or Gemma. CLIP's come before
+        self.encoders = torch.nn.ModuleList()
+        for name, part in pipe.components.items():
+            if "text_encoder" in name and part is not None:
+                self.encoders.append(part)
+            if "tokenizer" in name and part is not None:
+                self.tokenizer = part  # in the end the last one, that of T5 or Gemma
         pipe.vae.to(WORLD.device)
         pipe.transformer.to(WORLD.device)
         if config.gradient_checkpointing:
             pipe.transformer.enable_gradient_checkpointing()
         torch.manual_seed(config.seed)  # for the initial LoRA
         # A LoRA adds alpha / rank times the product of two thin matrices to the weights of a layer.
-        # One of the two starts at 0, so training starts at the base model. Only the LoRA is
-        # trained, 18.8 million weights for SD3.5-Medium.
+        # One of the two starts at 0, so training starts at the base model.
         self.network = peft.get_peft_model(pipe.transformer, peft.LoraConfig(
             r=config.lora_rank,
             lora_alpha=ALPHA_OVER_RANK * config.lora_rank,
@@ -656,9 +639,8 @@ class Policy:
     def velocity(self, x, t, condition):
         """v in float32. x and v are [B, C, H, W], t is one time or one for each image.
 
-        Classifier-free guidance combines two velocities into one, and our policy is the Gaussian
-        around the step of this velocity. Sampling and training must both use it, or the ratio would
-        compare two policies. The gradient flows through both velocities.
+        With classifier-free guidance, the policy is the Gaussian around the guided step. So
+        sampling and training must both use it, or the ratio would compare two policies.
         """
         v = self.predict(x, t, condition)
         if self.config.guidance != 1:
@@ -672,13 +654,13 @@ class Policy:
         t = t.flatten().expand(len(x))  # one for each image, even if they all have the same
         condition = [c.to(x.device) for c in condition]
         bf16 = self.config.precision == "bf16"
-        # network.dtype is that of the base model. The LoRA's weights are always in float32, but
-        # under autocast it computes in bf16, too.
+        # network.dtype is that of the base model. Under autocast the LoRA computes in bf16, too.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             v = self.forward(x.to(self.network.dtype), t, *condition)
         return v.float()
 
     def forward(self, x, t, embeds, pooled):
+        """The network's v, which leads from the image to the noise. t [B] is 1 for noise."""
         return self.network(
             hidden_states=x,
             timestep=1000 * t,  # the scale that SD3 was trained with
@@ -705,6 +687,7 @@ class Policy:
         return [torch.cat(embeds), torch.cat(others)]
 
     def encode_batch(self, prompts):
+        """The two tensors of the condition, with a row for each prompt"""
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False,
             device=WORLD.device, max_sequence_length=self.config.max_sequence_length)
@@ -732,10 +715,8 @@ class Policy:
         shift = vae.config.get("shift_factor") or 0
         pixels = vae.decode(latents / vae.config.scaling_factor + shift).sample
         if not pixels.isfinite().all():
-            advice = f"before any update, so the cause is --model {self.config.model} itself"
-            if self.updates_made > 0:
-                advice = "after an update: lower --learning_rate"
-            sys.exit(f"the pixels of an image are not finite, {advice}")
+            sys.exit("the pixels of an image are not finite. In epoch 0 the cause is "
+                     f"--model {self.config.model} itself, later lower --learning_rate")
         return self.pipe.image_processor.postprocess(pixels)
 
     def reference(self):
@@ -823,10 +804,10 @@ class FluxPolicy(Policy):
     def forward(self, x, t, embeds, pooled):
         packed = torch.pixel_unshuffle(x, 2)  # [B, 4C, H/2, W/2], in the pipeline's own order
         B, _, rows, columns = packed.shape
+        tokens = packed.flatten(2).mT  # [B, rows * columns, 4C]
         guidance = None
         if self.network.config.guidance_embeds:  # FLUX.1-schnell has none
             guidance = torch.full([B], self.config.guidance, device=x.device)
-        tokens = packed.flatten(2).mT  # [B, rows * columns, 4C]
         v = self.network(
             hidden_states=tokens,
             timestep=t,  # FLUX multiplies it by 1000 itself
@@ -846,7 +827,7 @@ class FluxPolicy(Policy):
         return embeds, pooled
 
     def time_grid(self, T):
-        tokens = (self.latent_shape[1] // 2) ** 2  # with more of them, more times lie near t = 1
+        tokens = (self.latent_shape[1] // 2) ** 2
         config = self.pipe.scheduler.config
         mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(
             tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift,
@@ -855,13 +836,16 @@ class FluxPolicy(Policy):
 
 
 class SanaPolicy(Policy):
-    """SANA has one text encoder, whose mask it needs, and puts an instruction before the prompt."""
+    """SANA has one text encoder, whose attention mask the network needs."""
 
     lora_layers = ["to_q", "to_k", "to_v", "to_out.0"]  # of attn1, and of attn2 for the text
 
     def __init__(self, pipe, config):
         # Its own DPM-Solver looks back at earlier steps. A policy may see only the current x.
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        # The instruction that the stock pipeline puts before each prompt
+        call = inspect.signature(pipe.__call__)
+        self.instruction = call.parameters["complex_human_instruction"].default
         super().__init__(pipe, config)
 
     def forward(self, x, t, embeds, mask):
@@ -873,11 +857,8 @@ class SanaPolicy(Policy):
         ).sample
 
     def encode_batch(self, prompts):
-        # The stock pipeline puts an instruction before each prompt (the default of its argument
-        # complex_human_instruction), but not before the empty prompt for guidance.
-        call = inspect.signature(self.pipe.__call__)
-        instruction = call.parameters["complex_human_instruction"].default
-        if prompts == [""]:
+        instruction = self.instruction
+        if prompts == [""]:  # for guidance
             instruction = None
         embeds, mask, _, _ = self.pipe.encode_prompt(
             prompts, do_classifier_free_guidance=False, complex_human_instruction=instruction,
@@ -946,9 +927,7 @@ class Config:
     epochs: int = 6  # an epoch: sample, score, compare, update. 0 only evaluates
     eval_every: int = 6  # epochs between evaluations
     groups: int = 16  # prompts in an epoch. More make the gradient less noisy
-    # Images of each prompt. The paper takes 24, because long PickScore runs collapsed with 6
-    # and 12
-    group_size: int = 8
+    group_size: int = 8  # images of each prompt
     train_steps: int = 10  # T in training
     eval_steps: int = 40  # T in evaluations
     # a. Too little explores nothing, too much spoils the images. With 0 a step has no density
@@ -957,15 +936,14 @@ class Config:
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
     # One first noise for a group: its images then differ only by steps that are trained. Meant for
-    # few random steps. In the paper, where all are random, different noises got higher rewards. For
-    # the toy's words it makes no clear difference
+    # few random steps. In the paper, where all are random, different noises got higher rewards
     same_noise: bool = True
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch
     learning_rate: float = 3e-3  # of AdamW
-    lr_decay: bool = True  # the rate falls linearly. After the last epoch it would be 0
-    # Adam divides a gradient by its recent size plus adam_eps. Our gradients can be far below 1e-8,
-    # because the losses are means over D, and then hardly anything moves. If the kl stays at 0, try
+    lr_decay: bool = True  # the learning rate falls linearly to 0
+    # Adam divides a gradient by its recent size plus adam_eps. Our losses are means over D, so
+    # gradients can be far below 1e-8, and then hardly anything moves. If the kl stays at 0, try
     # 1e-15
     adam_eps: float = 1e-8
     clip_range: float = 1e-3  # a ratio this far from 1 gets no further push
@@ -973,9 +951,7 @@ class Config:
     std_over: Literal["epoch", "group"] = "epoch"  # whose std divides the advantages
     lora_rank: int = 32  # alpha is twice the rank
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0: no average
-    # Images in one pass of the network: more are faster and take more memory. In bf16, rounding
-    # depends on the size of a pass. So all must have the same size, or the first ratios are not 1
-    batch_size: int = 64
+    batch_size: int = 64  # images in one pass of the network: more are faster and take more memory
     eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
     eval_per_prompt: int = 2  # images of each of them
 
@@ -991,7 +967,7 @@ PAPER = dict(
     epochs=1000,  # ours
     eval_every=60,
     groups=48,
-    group_size=24,
+    group_size=24,  # with 6 and 12, long PickScore runs collapsed
     train_steps=10,
     eval_steps=40,
     noise_level=0.7,
@@ -1006,16 +982,15 @@ PAPER = dict(
     beta=0.04,  # for GenEval and OCR. For PickScore it is 0.01
     std_over="epoch",
     lora_rank=32,
-    # PAPER/CODE: The code (for 32 GPUs) renews the average only in every 8th update, but then
-    # twice, with a decay of 0.9. We renew it in each. Over 8 updates that is the same:
-    # 0.974^8 = 0.9^2.
+    # PAPER/CODE: The code (for 32 GPUs) renews the average twice in every 8th update, with a decay
+    # of 0.9. We renew it once in each: 0.974^8 = 0.9^2.
     ema_decay=0.974,
     batch_size=8,  # ours
     eval_prompts=0,
     eval_per_prompt=1,
 )
 
-# A cheaper setting, meant for one GPU of 24 GB but never tried on one. What has no comment is from
+# A cheaper setting for one GPU of 24 GB, but never tried on one. What has no comment is from
 # verl-omni's script for SD3.5 and OCR (pull request 178 of github.com/verl-project/verl-omni). The
 # authors' own geneval_sd3_fast_nocfg has the same window, CPS, noise level, clip range and beta.
 FAST = PAPER | dict(
@@ -1066,7 +1041,7 @@ PRESETS = {
         batch_size=4,  # this and the next to save memory
         gradient_checkpointing=True,
     ),
-    # Two more rewards for the toy. The defaults in Config are for OCR, these take longer.
+    # For the toy. The defaults in Config are for OCR.
     "geneval": dict(
         reward="geneval",
         group_size=16,
@@ -1094,14 +1069,14 @@ def parse_config(argv=None):
     """The options of a run -> Config
 
     The command line wins over the preset or the run to resume, and these win over Config. So tyro
-    parses twice: first to see which preset or run is asked for, then with its values as defaults.
+    parses twice, the second time with the values of the preset or run as defaults.
     """
-    def parse(defaults):
+    def parse_command_line(defaults):
         return tyro.cli(Config, default=Config(**defaults), args=argv, use_underscores=True,
                         description=__doc__)
 
-    asked = parse({})
-    first_reward = list(rewards.parse(asked.reward, "--reward"))[0]
+    asked = parse_command_line({})
+    first_reward, *_ = rewards.parse(asked.reward, "--reward")
     if asked.resume:
         if asked.preset:
             sys.exit(f"--preset {asked.preset}: not with --resume, which keeps a run's options")
@@ -1112,7 +1087,7 @@ def parse_config(argv=None):
         options = PRESETS[asked.preset]
     else:
         options = PRESETS.get(first_reward, {})
-    config = parse(options)
+    config = parse_command_line(options)
     check_config(config)
     check_machine(config)
     return config
@@ -1122,7 +1097,7 @@ def check_config(config):
     """Stop for options that would fail late, or silently do the wrong thing."""
     may_be_0 = ("seed", "epochs", "window", "latest_start", "beta", "ema_decay", "eval_prompts")
     for name, value in asdict(config).items():
-        if type(value) not in (int, float):
+        if type(value) not in (int, float):  # bool is neither
             continue
         if name in may_be_0:
             if not 0 <= value < math.inf:  # nan fails this, too
@@ -1172,16 +1147,14 @@ def check_machine(config):
 
 # ------------------------------------------------------------------- 7. processes, files, pictures
 # The folder of a run has config.json, metrics.jsonl (a line for each epoch), checkpoint.pt (for
-# --resume), pytorch_lora_weights.safetensors (for diffusers), before_after.png, curve.png and
-# film.gif. samples/0006 has the first images of the evaluation after epoch 6, its before_after.png
-# and its LoRA.
+# --resume), pytorch_lora_weights.safetensors (for diffusers), before_after.png and curve.png.
+# samples/0006 has the first images of the evaluation after epoch 6, and its LoRA.
 
 
 def progress(items, title):
-    """A bar on a terminal. disable=None shows nothing in a log file."""
     if not WORLD.is_main_process:
         return items
-    return tqdm(items, title, leave=False, disable=None)
+    return tqdm(items, title, leave=False, disable=None)  # None shows no bar in a log file
 
 
 def say(line):
@@ -1236,8 +1209,8 @@ def save(policy, config, folder, history):
     if was_evaluated:
         samples = folder / f"samples/{epoch:04d}"
         policy.pipe.save_lora_weights(samples, transformer_lora_layers=layers)
-    # Written last, and under another name first. So wherever a run is killed, the checkpoint is
-    # whole, and only the epoch in progress is lost.
+    # Written last and then renamed. So wherever a run is killed, the checkpoint is whole, and only
+    # the epoch in progress is lost.
     checkpoint = policy.checkpoint() | {"options": asdict(config), "history": history}
     torch.save(checkpoint, folder / "checkpoint.tmp")
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
@@ -1257,13 +1230,6 @@ def read_checkpoint(folder):
                  f"script ({type(error).__name__})")
 
 
-def start_trackers(config, folder):
-    """accelerate's trackers, for --report_to"""
-    accelerator = Accelerator(log_with=config.report_to or None, project_dir=folder)
-    accelerator.init_trackers("flow_grpo", asdict(config), {"wandb": {"name": folder.name}})
-    return accelerator
-
-
 def report(config, folder, history, accelerator):
     """Print the main metrics of an epoch, write all of them, and draw the pictures"""
     row = history[-1]
@@ -1281,9 +1247,9 @@ def report(config, folder, history, accelerator):
     if "eval_reward" in row:
         try:
             draw_curve(folder, history)
-            draw_before_after(folder)
-            draw_film(folder)
-        except Exception as error:  # whatever happened to the files: no picture may stop a run
+            samples = folder / "samples"
+            draw_before_after(samples / "0000", samples / f"{epoch:04d}", folder)
+        except Exception as error:  # no picture may stop a run
             say(f"warning: no pictures this time: {error!r}")
 
 
@@ -1321,44 +1287,26 @@ def read_images(folder):
     return images, rows
 
 
-def evaluations(folder):
-    """The folders of the evaluations so far, the first one first"""
-    return sorted(folder.glob("samples/[0-9][0-9][0-9][0-9]"))
-
-
-def draw_before_after(folder):
-    """Each prompt at the first and at the last evaluation -> before_after.png"""
-    folders = evaluations(folder)
-    images_before, rows_before = read_images(folders[0])
-    images_after, rows_after = read_images(folders[-1])
+def draw_before_after(before, after, folder):
+    """Each prompt in two evaluations -> before_after.png. before and after are their folders."""
+    images_before, rows_before = read_images(before)
+    images_after, rows_after = read_images(after)
     titles = []
-    for before, after in zip(rows_before, rows_after):
-        title = f"{before['score']:.2f} -> {after['score']:.2f}  {after['prompt']}"
+    for row_before, row_after in zip(rows_before, rows_after):
+        title = f"{row_before['score']:.2f} -> {row_after['score']:.2f}  {row_after['prompt']}"
         titles.append(textwrap.fill(title, 44))
     longest = max(title.count("\n") + 1 for title in titles)  # in lines
     lines = math.ceil(len(titles) / 3)
-    height = 1.5 + 0.15 * longest  # of a picture and its title, in inches
+    height = 1.5 + 0.15 * longest  # of two images and their title, in inches
     figure = Figure(figsize=(8.8, 0.3 + lines * height), layout="constrained")
-    figure.suptitle(f"before training (left) and after epoch {int(folders[-1].name)} (right)")
-    for number, (before, after) in enumerate(zip(images_before, images_after)):
-        gap = Image.new("RGB", (before.width // 24, before.height), "white")
+    figure.suptitle(f"before training (left) and after epoch {int(after.name)} (right)")
+    for number, (image_before, image_after) in enumerate(zip(images_before, images_after)):
+        gap = Image.new("RGB", (image_before.width // 24, image_before.height), "white")
         plot = figure.add_subplot(lines, 3, number + 1)
         plot.set_axis_off()
-        plot.imshow(np.hstack([before, gap, after]))
+        plot.imshow(np.hstack([image_before, gap, image_after]))
         plot.set_title(titles[number], fontsize=8, parse_math=False)
-    figure.savefig(folders[-1] / "before_after.png")  # a frame of the film
-    shutil.copy(folders[-1] / "before_after.png", folder)
-
-
-def draw_film(folder):
-    """The pictures of up to 12 evaluations -> film.gif"""
-    folders = evaluations(folder)
-    # Evenly spread, with the first and the last among them
-    places = np.linspace(0, len(folders) - 1, min(12, len(folders)))
-    pictures = [Image.open(folders[round(place)] / "before_after.png") for place in places]
-    frames = [picture.convert("RGB") for picture in pictures]  # without transparency: more colors
-    frames[0].save(folder / "film.gif", save_all=True, append_images=frames[1:], duration=1000,
-                   loop=0)
+    figure.savefig(folder / "before_after.png")
 
 
 def draw_curve(folder, history):

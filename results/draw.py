@@ -5,7 +5,6 @@ runs/, where results/run_all.py has left them.
 """
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 
@@ -424,9 +423,14 @@ def pictures():
     run = RESULTS.parent / "runs/geneval-default-seed7101/before_after.png"
     if run.exists():
         Image.open(run).convert("RGB").save(FIGURES / "before_after_geneval.png")
-    film = RESULTS.parent / "runs/ocr-film-seed0/film.gif"
-    if film.exists():
-        shutil.copy(film, FIGURES / "film.gif")
+    film = RESULTS.parent / "runs/ocr-film-seed0"
+    frames = []
+    for after in sorted(film.glob("samples/*")):
+        flow_grpo.draw_before_after(film / "samples/0000", after, film)
+        frames.append(Image.open(film / "before_after.png").convert("RGB"))
+    if frames:
+        frames[0].save(FIGURES / "film.gif", save_all=True, append_images=frames[1:],
+                       duration=1000, loop=0)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import flow_grpo  # noqa: E402
 losses = flow_grpo.losses
 
 
-def weighted_losses(policy, config, drawn, advantages, batch):
-    policy_loss, kl, ratio = losses(policy, config, drawn, advantages, batch)
-    all_steps = torch.tensor(drawn.window)
-    std = flow_grpo.make_step(drawn.times, all_steps, config.noise_level, config.sde).std
+def weighted_losses(policy, config, episodes, advantages, batch):
+    policy_loss, kl, ratio = losses(policy, config, episodes, advantages, batch)
+    all_steps = torch.tensor(episodes.window)
+    std = flow_grpo.make_step(episodes.times, all_steps, config.noise_level, config.sde).std
     weights = (std**2 / (std**2).mean()).flatten()  # 1 on average
     _, k = batch.unbind(1)
     return policy_loss * weights[k], kl, ratio
