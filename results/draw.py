@@ -1,7 +1,7 @@
 """Draws results/figures and fills in the tables: python results/draw.py [NAME OF A FUNCTION ...]
 
-The numbers are those of runs.jsonl, or of the method itself. The pictures of images are copied from
-runs/, where results/run_all.py has left them.
+The numbers are those of runs.jsonl, or of the method itself. The pictures of images are made from
+those that results/run_all.py has left in runs/.
 """
 import json
 import math
@@ -91,7 +91,7 @@ def tasks_table():
 
 
 def denoising_table():
-    header = ["steps in training", "random steps", "words read", "seeds", "seconds of an epoch"]
+    header = ["steps in training", "random steps", "words read", "seconds of an epoch"]
     rows = []
     for steps, random_steps, words, seconds in (
             (40, "4", "words/T40", "time/T40"),
@@ -102,7 +102,7 @@ def denoising_table():
             (40, "all but the last, weighted", "weighted/T40", "time/noisy-T40"),
             (10, "all but the last, weighted", "weighted/T10", "time/noisy-T10")):
         read = finals(words, "eval_accuracy")
-        rows.append([steps, random_steps, spread(read), len(read), epoch_seconds(seconds)])
+        rows.append([steps, random_steps, spread(read), epoch_seconds(seconds)])
     write_table("denoising", header, rows)
 
 
