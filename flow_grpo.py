@@ -20,8 +20,8 @@ Notation
   x       the latent at time t: x = (1-t) * data + t * noise
   v       the velocity: the network's estimate of noise - data
   a       how random the sampler is, the option noise_level
-  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise. (Not the `sigmas` of diffusers:
-          those are our t.)
+  sigma   a * sqrt(t / (1-t)), the strength of the SDE's noise. (What diffusers calls `sigmas` is
+          our t.)
   T, K    how many denoising steps there are, and how many of them are random (SDE steps)
   i, k    the index of a denoising step, from 0 to T-1, and of an SDE step, from 0 to K-1
   B       the number of images in a tensor. Shapes are written in brackets: [B, C, H, W].
@@ -32,8 +32,8 @@ differ. We mostly follow the code, because the published learning rate, clip ran
 weight of the KL penalty) belong to it.
 
 Chapters 1 to 4 are the method. Chapter 5 drives the diffusers models, 6 has the options, 7 the
-files and pictures. The default model is a toy, an SD3 pipeline of 5 MB (toy/). Its options are not
-the paper's: it trains only one or two steps.
+files and pictures. The default model is a toy, an SD3 pipeline of 5 MB (toy/). Its options differ
+from the paper's: only one or two steps are random, and trained.
 
   python flow_grpo.py --reward ocr                     # teach the toy to write: 2 minutes on a CPU
   python flow_grpo.py --reward my_rewards.py:judge     # your own reward, see `redness` and README
@@ -89,8 +89,8 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 # All of this is in float32 or better, even if the network runs in bf16: the update compares nearly
 # equal probabilities, and bf16 would round their ratio to exactly 1.
 #
-# Many pairs of data and noise give the same x, so the best v that the network can predict, with the
-# least squared error, is the average of noise - data over all of them. From x and v we get
+# Many pairs of data and noise give the same x. The best v that the network can predict, the one
+# with the least squared error, is the average of noise - data over these pairs. From x and v we get
 # estimates of the data and the noise:
 #
 #     data_guess = x - t * v          noise_guess = x + (1-t) * v
@@ -107,17 +107,17 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
 # If v is the best one and steps are small, equation 9 gives x the same distribution as the ODE, at
-# every time and whatever sigma is. (Appendix A has the proof. Skip the two points if you trust it.)
-# Let p be the density of x. A step of equation 9 does two things that the ODE's step does not, and
-# by the Fokker-Planck equation their effects on p cancel:
+# every time and whatever sigma is. (The paper's appendix A has a proof. Skip the two points if you
+# trust it.) Let p be the density of x. A step of equation 9 does two things that the ODE's step
+# does not, and by the Fokker-Planck equation their effects on p cancel:
 #
 #   1. It adds fresh noise. This blurs p: it changes by std^2 / 2 * laplacian(p).
 #   2. It keeps less of noise_guess, which moves x by m = -std^2 / (2t) * noise_guess. This sharpens
-#      p, because m leads to where x is more likely (Tweedie's formula, equation 27 of the paper):
+#      p, because m leads to where x is more likely. By Tweedie's formula (equation 27 of the paper)
+#      noise_guess is -t * grad(log p), so
 #
-#          noise_guess = -t * grad(log p)
-#          m           = std^2 / 2 * grad(log p)
-#          p * m       = std^2 / 2 * grad(p)            because p * grad(log p) = grad(p)
+#          m     = std^2 / 2 * grad(log p)
+#          p * m = std^2 / 2 * grad(p)            because p * grad(log p) = grad(p)
 #
 #      A move m changes p by -div(p * m), here by -std^2 / 2 * laplacian(p).
 #
@@ -125,17 +125,16 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #
 #   - The v of a network is only roughly the best one. With guidance, or after training towards a
 #     reward, it is not even meant to be.
-#   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
-#     Then std = a, even if the step is tiny, and x gets a bit too noisy. For s near 1, keep is
-#     1 - a^2 / 2, and the noise in x_next has the variance keep^2 + std^2 = 1 + a^4 / 4 instead of
-#     1.
+#   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there. So
+#     the first step has std = a, even if it is tiny, and x gets a bit too noisy: for s near 1, the
+#     noise in x_next has the variance keep^2 + std^2 = (1 - a^2 / 2)^2 + a^2 = 1 + a^4 / 4, not 1.
 #   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
 # CPS (coefficients-preserving sampling) has the opposite error. Its keep would be right if
 # noise_guess had the variance 1. But noise_guess is an average and varies less, so each random step
 # leaves too little noise in x. The images have no grain, but they are too much alike. Smaller steps
-# do not help, because the std of CPS does not depend on t-s. The paper's results are with the flow
-# SDE, our default.
+# do not help: each of them replaces the same share of the noise, however small it is. The paper's
+# results are with the flow SDE, our default.
 
 
 class Step(NamedTuple):
@@ -155,7 +154,7 @@ def make_step(times, i, noise_level, sde="flow"):
         std = s * math.sin(noise_level * math.pi / 2)
         keep = torch.sqrt(s**2 - std**2)
         return Step(t, s, keep, std, kl_scale=std)
-    one_minus_t = torch.where(t == 1, 1 - s, 1 - t)  # at t = 1 it would be 0
+    one_minus_t = torch.where(t == 1, 1 - s, 1 - t)  # at the first time 1 - t is 0
     sigma = noise_level * torch.sqrt(t / one_minus_t)
     std = sigma * torch.sqrt(t - s)
     keep = s - std**2 / (2 * t)
@@ -190,8 +189,8 @@ def gaussian_log_prob(x_next, mean, std):
     so do we. `clipped_loss` says what this means for the ratio.
 
     PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it.
-    With this factor late steps have the largest gradients, because the std of CPS shrinks with s.
-    So train early ones.
+    This factor gives late steps the largest gradients, because the std of CPS shrinks with s. So
+    train early ones.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -205,8 +204,9 @@ def kl_penalty(mean, mean_ref, kl_scale):
     is called reward hacking. The KL penalty makes it expensive to move that far.
 
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
-    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean. With the flow SDE it
-    also divides by sigma^2 instead of std^2 = sigma^2 * (t-s). We do the same.
+    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean, and for the flow SDE
+    it has sigma^2 in place of std^2 = sigma^2 * (t-s). We do the same, because the published beta
+    belongs to it.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -220,8 +220,8 @@ def group_advantages(scores, std_over="epoch"):
     mean reward of a group instead: its images have the same prompt and come from the same policy.
 
     PAPER/CODE: The paper divides by the std of the group, the code by the std of all images of the
-    epoch. The second does not enlarge tiny differences within a group. The 1e-4 and the clamp are
-    from the code.
+    epoch. The std of the epoch does not enlarge tiny differences within a group. The 1e-4 and the
+    clamp are from the code.
     """
     # In float64 the mean of equal float32 scores is exact, so their advantages are exactly 0.
     scores = scores.double()
@@ -251,8 +251,8 @@ def clipped_loss(ratio, advantages, clip_range):
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and with
     the published clip range of 1e-4 clipping begins at 1.0001, a true ratio of 1.0001^65536, about
-    700. In PPO the ratio does more: it multiplies the advantage, which corrects for samples of an
-    old policy. Ours is about 1, so it corrects nothing. It only decides when to clip.
+    700. In PPO the ratio also weights the advantage, which corrects for samples of an old policy.
+    Ours is about 1, so it only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -284,7 +284,7 @@ def choose_window(config, rng):
     is 0, they are all steps but the last.
 
     PAPER/CODE: In the paper all steps are random and trained. In the code all are random, but the
-    last one is not trained. We take the last one with the ODE. (With CPS its std is 0 anyway.)
+    last one is not trained. We take the last one with the ODE.
 
     With the flow SDE and `window` 0, images of ten steps are visibly noisy. At a = 0.7 on SD3.5's
     time grid, the last SDE step goes from t = 0.28 to s = 0.009. It adds noise of std 0.225, and
@@ -392,6 +392,7 @@ def update(policy, config, episodes, advantages):
 
     kl = gather(torch.cat(kls))
     ratio = gather(torch.cat(ratios))
+    # Ratios outside of the clip range, whatever the sign of their advantage
     clip_low = ratio < 1 - config.clip_range
     clip_high = ratio > 1 + config.clip_range
     return {
@@ -569,8 +570,8 @@ def train(config):
         metrics = {"epoch": epoch}
         if epoch > 0:
             # Late in a run, nearly all groups may have equal scores. Then mostly the KL penalty has
-            # a gradient. However small it is, Adam takes full steps back to the base model, unless
-            # the learning rate falls.
+            # a gradient. Adam divides it by its recent size, so it takes full steps back to the
+            # base model, unless the learning rate falls.
             learning_rate = config.learning_rate
             if config.lr_decay:
                 learning_rate *= 1 - (epoch - 1) / config.epochs
@@ -595,9 +596,10 @@ ALPHA_OVER_RANK = 2  # as in the official code
 class Policy:
     """An SD3 pipeline (the toy is one) with a LoRA, an optimizer and a moving average of the LoRA
 
-    For another family, write a subclass like SanaPolicy below and enter it in POLICIES. To test it,
-    sample with an empty window. The images must be those of the family's own pipeline, with the
-    same scheduler and noise. The tests do this for all in their list FAMILIES.
+    For another family, write a subclass like SanaPolicy below, with the methods that differ, and
+    enter it in POLICIES. To test it, sample with an empty window. The images must be those of the
+    family's own pipeline, with the same scheduler and noise. The tests do this for all in their
+    list FAMILIES.
     """
 
     lora_layers = [  # as in the official code: the attention of image tokens and of text tokens
@@ -763,7 +765,8 @@ class Policy:
             state = peft.get_peft_model_state_dict(self.network)
             layers = {}
             for name, weights in state.items():
-                # The file has no alpha. Programs that read it then take alpha / rank to be 1.
+                # The file has no alpha, so its readers take alpha / rank to be 1. We multiply one
+                # of the two matrices by it instead.
                 factor = ALPHA_OVER_RANK if "lora_B" in name else 1
                 layers[name.removeprefix("base_model.model.")] = factor * weights
         return layers
@@ -903,7 +906,7 @@ def load_policy(config):
 @dataclass
 class Config:
     # sd3.5-medium, sd3.5-medium-fast, sana-0.6b, flux.1-dev, geneval or toy_pickscore (PRESETS). If
-    # empty, the one that is named like the first reward, if there is one
+    # empty, the preset with the name of the first reward, if it exists
     preset: str = ""
     reward: str = "ocr"  # a name in rewards.py, "file.py:function", or a sum "ocr:1,pickscore:0.5"
     eval_reward: str = ""  # rewards that are only measured, to see whether --reward is being hacked
@@ -982,8 +985,8 @@ PAPER = dict(
     beta=0.04,  # for GenEval and OCR. For PickScore it is 0.01
     std_over="epoch",
     lora_rank=32,
-    # PAPER/CODE: The code (for 32 GPUs) renews the average twice in every 8th update, with a decay
-    # of 0.9. We renew it once in each: 0.974^8 = 0.9^2.
+    # PAPER/CODE: The code (for 32 GPUs) renews the average only after each 8th update, and then
+    # twice, with a decay of 0.9. We renew it once after each update: 0.974^8 = 0.9^2.
     ema_decay=0.974,
     batch_size=8,  # ours
     eval_prompts=0,
@@ -1115,12 +1118,14 @@ def check_config(config):
     images = own_groups * (config.group_size // config.updates)
     if config.precision == "bf16" and images % config.batch_size:
         sys.exit(f"--batch_size {config.batch_size}: with bf16 it must divide {images}, the number "
-                 "of images that a process uses in an update, because rounding depends on the size "
-                 "of a batch")
+                 "of images that a process uses in an update, so that sampling and training use "
+                 "batches of the same size, and round alike")
     if 0 < config.eval_prompts < WORLD.num_processes:
         sys.exit(f"--eval_prompts {config.eval_prompts}: must be at least one for each of the "
                  f"{WORLD.num_processes} processes, or 0 for all prompts")
-    if config.window + config.latest_start >= config.train_steps or config.train_steps < 2:
+    if config.train_steps < 2:
+        sys.exit("--train_steps 1: must be at least 2, as the last is never an SDE step")
+    if config.window + config.latest_start >= config.train_steps:
         sys.exit(f"--window {config.window} --latest_start {config.latest_start}: their sum must "
                  f"be below --train_steps {config.train_steps}, as the last is never an SDE step")
     if config.sde == "cps" and config.noise_level >= 1:
