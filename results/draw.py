@@ -76,20 +76,6 @@ def results_table():
     write_table("results", header, rows)
 
 
-def tasks_table():
-    header = ["GenEval"]
-    before = ["before"]
-    after = ["after: mean (worst)"]
-    for task in ("single_object", "two_object", "counting", "colors", "position", "color_attr"):
-        key = f"eval_accuracy/{task}"
-        base, = finals("base/geneval", key)
-        trained = finals("geneval/default", key)
-        header.append(task.replace("_", " "))
-        before.append(f"{base:.2f}")
-        after.append(f"{np.mean(trained):.2f} ({min(trained):.2f})")
-    write_table("tasks", header, [before, after])
-
-
 def denoising_table():
     header = ["steps in training", "random steps", "words read", "seconds of an epoch"]
     rows = []
@@ -137,7 +123,6 @@ def epoch_seconds(name):
 
 def tables():
     results_table()
-    tasks_table()
     denoising_table()
     quality_table()
 
@@ -183,10 +168,10 @@ def hacking():
     reward, taste, diversity = figure.subplots(1, 3)
     for axes, key in ((reward, "eval_reward"), (taste, "eval_reward/toy_taste"),
                       (diversity, "eval_reward/diversity")):
-        for beta, color in ((0.3, SDE), (0, WRONG)):
+        for beta, penalty, color in ((0.3, "KL", SDE), (0, "no KL", WRONG)):
             for row, line in zip(runs(f"hacking/beta{beta}"), (".-", ".--", ".:")):
                 epochs, values = zip(*row["curves"][key])
-                label = f"beta {beta}, seed {row['seed']}"
+                label = f"{penalty}, seed {row['seed']}"
                 axes.plot(epochs, values, line, color=color, label=label)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
@@ -386,7 +371,7 @@ def where_noise_decides(prompts=8, size=16):
             stds.append(scores.std(1))
         axes.plot(range(9), stds, color=color, alpha=0.25)
         axes.plot(range(9), np.mean(stds, 1), "o-", color=color)
-        axes.set_title(f"{title}, one step random", fontsize=9)
+        axes.set_title(f"{title}, one step random (thin: a prompt)", fontsize=9)
         axes.set_xlabel("which of the 10 steps is random")
         axes.set_ylabel("std of the reward in a group")
 
@@ -429,8 +414,9 @@ def pictures():
         flow_grpo.draw_before_after(film / "samples/0000", after, film)
         frames.append(Image.open(film / "before_after.png").convert("RGB"))
     if frames:
-        frames[0].save(FIGURES / "film.gif", save_all=True, append_images=frames[1:],
-                       duration=1000, loop=0)
+        seconds = [1] * (len(frames) - 1) + [3]
+        frames[0].save(FIGURES / "film.gif", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[1000 * second for second in seconds])
 
 
 if __name__ == "__main__":
