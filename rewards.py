@@ -8,11 +8,12 @@ function is the reward itself. REWARDS holds factories: they load the models and
 so only what is asked for gets loaded. "The paper" is Flow-GRPO (arXiv 2505.05470), "official" means
 github.com/yifan123/flow_grpo.
 
-A reward may have an attribute `check`, a function of all prompts and metadata. It is called before
-training and raises RewardError for a prompt that the reward cannot judge. Scores are never made up:
-if a reward fails, the run stops. (ImageReward is missing: its package needs an old transformers.)
+A reward may have an attribute `check` (`ocr` sets one), a function of all prompts and metadata. It
+is called before training and raises RewardError for a prompt that the reward cannot judge. Scores
+are never made up: if a reward fails, the run stops. PAPER/CODE marks where the paper and the
+official code differ. (ImageReward is missing: its package needs an old transformers.)
 """
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -48,10 +49,10 @@ def ocr():
     from rapidfuzz.distance import Levenshtein
     from rapidocr import RapidOCR
     onnxruntime.disable_telemetry_events()
-    # Many engines of one thread are faster than one engine of many threads. By default rapidocr
-    # enlarges small images to 736 pixels and pads each line to a width of 320: slow, for nothing.
+    # Many engines with one thread each are faster than one with many. The last three options stop
+    # rapidocr from enlarging small images and padding short lines, which is slow and does not help.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this process
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the share of this process
     options = {"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1,
                "Det.limit_type": "max", "Det.limit_side_len": 960,
                "Rec.rec_img_shape": [3, 48, 160]}
@@ -96,8 +97,9 @@ def text_score(text, target, distance):
     ocr.py).
     """
     if not target.isascii():
-        # PAPER/CODE: The official code compares all characters as they are. A target with a curly
-        # apostrophe could then never be right, because the engine reads a straight one.
+        # PAPER/CODE: The official code compares all characters as they are, as we do with ASCII. A
+        # target with a curly apostrophe could then never be right, because the engine reads a
+        # straight one.
         text = plain(text)
         target = plain(target)
     text = without_spaces(text).lower()
@@ -112,8 +114,8 @@ def without_spaces(text):
 
 
 def plain(text):
-    """One form for characters that look alike: full width, ligatures, curly quotes, and accented
-    letters, which can be one character or two
+    """Gives characters that look alike one form: full-width letters, ligatures, curly quotes and
+    accented letters
     """
     straight = str.maketrans("\u2018\u2019\u201b\u201c\u201d\u201f", "'''\"\"\"")
     return unicodedata.normalize("NFKC", text).translate(straight)
@@ -126,13 +128,13 @@ RELATIONS = ("left of", "right of", "above", "below")
 def geneval_score(found, row):
     """The paper's rule-based reward (section 5.1): the mean of all terms, 1 when all is as asked.
 
-    found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata. If a row
-    asks for the color and the place of an object, the color is judged first (no official row does).
-    A count gives 1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. A color
-    gives the same fraction, a place 0 or 1, and both give 0 while the count is wrong.
+    found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata. Each
+    count gives 1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. Each color
+    gives the same for the objects of this color, each place 1 or 0. Both give 0 if the count is
+    wrong. If a row asks for both (no official row does), a wrong color makes the place wrong, too.
     """
     terms = []
-    references = []  # for each object of the row: the things found for it, if they are right
+    references = []  # for each entry of include: the objects found for it, [] if they are wrong
     for asked in row["include"]:
         objects = [thing for thing in found if thing["class"] == asked["class"]]
         terms.append(count_term(objects, asked["count"]))
@@ -142,13 +144,13 @@ def geneval_score(found, row):
             terms.append(count_term(colored, asked["count"]) if right else 0.0)
             right = right and len(colored) == asked["count"]
         if asked.get("position"):
-            # PAPER/CODE: after a wrong place the official code adds another term of 1, so that a
-            # failure scores 0.75. We follow the paper.
-            relation, number = asked["position"]
-            right = right and all_are(relation, objects, references[number])
+            # PAPER/CODE: after a wrong place the official code adds another term of 1, so two
+            # objects in a wrong place score 0.75 instead of 2/3. We follow the paper.
+            relation, index = asked["position"]
+            right = right and all_are(relation, objects, references[index])
             terms.append(float(right))
-        # PAPER/CODE: the paper is silent here. As in the official code, nothing has a place next
-        # to objects whose own count, color or place is wrong.
+        # PAPER/CODE: Nothing has a place next to objects that are wrong themselves. This is from
+        # the official code, the paper does not say.
         references.append(objects if right else [])
     return sum(terms) / len(terms)
 
@@ -158,7 +160,7 @@ def count_term(objects, count):
 
 
 def all_are(relation, objects, references):
-    """Whether every object has this relation to every reference. Without a reference none has."""
+    """Whether every object has this relation to every reference. False without a reference."""
     for thing in objects:
         for reference in references:
             if relation not in relations(thing["box"], reference["box"]):
@@ -169,9 +171,9 @@ def all_are(relation, objects, references):
 def relations(box, reference):
     """Where a box lies, seen from another: a set of RELATIONS (GenEval's rule, arXiv 2310.11513).
 
-    The offset of the centers is shortened by a tenth of the boxes' summed sizes, along each axis.
-    What is left of it, divided by the whole distance, must be above 0.5 towards the side. Boxes:
-    (left, top, right, bottom) in pixels.
+    Along each axis, the offset of the centers is shortened by a tenth of the sum of both sizes, and
+    divided by the distance of the centers. More than 0.5 to a side counts. Boxes: (left, top,
+    right, bottom) in pixels.
     """
     box = np.reshape(box, (2, 2))  # [[left, top], [right, bottom]]
     reference = np.reshape(reference, (2, 2))
@@ -225,7 +227,7 @@ def check_metadata(prompts, metadata, classes, colors):
 
 
 def scene_reward(judge, classes, colors):
-    """judge: a function of one image and its GenEval metadata -> a reward that has a check"""
+    """Makes a reward, with its check, of judge(image, row), which scores one image."""
     def reward(images, prompts, metadata):
         check_metadata(prompts, metadata, classes, colors)
         return [judge(image, row) for image, row in zip(images, metadata)]
@@ -237,7 +239,7 @@ def scene_reward(judge, classes, colors):
 
 
 PHOTO_COLORS = "red orange yellow green blue purple pink brown black white".split()
-# GenEval's names of COCO's 80 classes, in COCO's order. Models differ in words, not in the order.
+# GenEval's names of COCO's 80 classes, in COCO's order. Models have other names, but this order.
 PHOTO_CLASSES = [name.replace("_", " ") for name in """person bicycle car motorcycle airplane bus
 train truck boat traffic_light fire_hydrant stop_sign parking_meter bench bird cat dog horse sheep
 cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard
@@ -286,17 +288,21 @@ def load_detector(name):
     @torch.no_grad()
     def detect(image, threshold):
         inputs = processor(images=image.convert("RGB"), size=DETECTOR_SIZE, return_tensors="pt")
-        result, = processor.post_process_instance_segmentation(
-            model(**inputs.to(model.device)), threshold=threshold, target_sizes=[image.size[::-1]],
-            return_binary_maps=True)
-        pairs = list(zip(result["segments_info"], result["segmentation"]))
-        found = {label: [] for label in PHOTO_CLASSES}
-        for segment, mask in sorted(pairs, key=lambda pair: -pair[0]["score"]):
+        results = processor.post_process_instance_segmentation(
+            model(**inputs.to(model.device)), threshold=threshold,
+            target_sizes=[(image.height, image.width)], return_binary_maps=True)
+        pairs = zip(results[0]["segments_info"], results[0]["segmentation"])
+        surest_first = sorted(pairs, key=lambda pair: pair[0]["score"], reverse=True)
+        found = []
+        counts = dict.fromkeys(PHOTO_CLASSES, 0)
+        for segment, mask in surest_first:
             label = PHOTO_CLASSES[segment["label_id"]]
             mask = Image.fromarray(mask.cpu().numpy() > 0)
-            if mask.getbbox():
-                found[label].append({"class": label, "box": mask.getbbox(), "mask": mask})
-        return [thing for things in found.values() for thing in things[:16]]
+            is_empty = mask.getbbox() is None
+            if not is_empty and counts[label] < 16:
+                found.append({"class": label, "box": mask.getbbox(), "mask": mask})
+                counts[label] += 1
+        return found
     return detect
 
 
@@ -347,6 +353,7 @@ def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
         path = huggingface_hub.hf_hub_download(head, "aesthetic-model.pth")
     state = torch.load(path, map_location=model.device, weights_only=True)
     layers = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
+
     def reward(images, prompts, metadata):
         x, _ = embed(images, prompts)
         for layer in layers:  # there are no activations between them
@@ -386,9 +393,11 @@ def load_clip(name, processor):
     return model, embed
 
 
-# ---------------------------------------------------------------------- only for --eval_reward
+# ---------------------------------------------------------------------------------------- diversity
 def diversity():
-    """How far an image is from the others of its prompt on average: rms of the pixels, 0 to 1."""
+    """The mean distance of an image to the others of its prompt. The distance of two images is the
+    root mean square difference of their pixels, from 0 to 1.
+    """
     def reward(images, prompts, metadata):
         pixels = [np.asarray(image, float) / 255 for image in images]
         scores = []
@@ -402,7 +411,7 @@ def diversity():
 
 # ------------------------------------------------------------------------ prompts, loading, scoring
 def toy(name):
-    """A reward of toy/world.py, which is imported only when one of them is asked for"""
+    """A reward of toy/world.py, which is imported only if it is asked for"""
     from toy import world
     return getattr(world, name)()
 
@@ -429,11 +438,12 @@ def load_prompts(config, split):
 
     As in the official repository, a dataset is a folder with a train.txt that has a prompt on each
     line, or a train_metadata.jsonl that has such a dict on each line. The same for test. Without
-    --dataset, the toy has words for a --reward that contains ocr, and scenes for all others.
+    --dataset, it is the toy's: words if --reward contains ocr, scenes otherwise.
     """
     toy_task = "ocr" if "ocr" in parse(config.reward, "--reward") else "geneval"
     folder = Path(config.dataset or f"{TOY}/{toy_task}")
-    text, table = folder / f"{split}.txt", folder / f"{split}_metadata.jsonl"
+    text = folder / f"{split}.txt"
+    table = folder / f"{split}_metadata.jsonl"
     path = text if text.exists() else table
     where = f"--dataset {folder}: "
     try:
@@ -503,10 +513,12 @@ def parse(spec, option):
         term = term.strip()
         if not term:
             continue
-        name, weight = term, 1.0
-        first, _, last = term.rpartition(":")
-        if first and is_number(last):
-            name, weight = first, float(last)
+        name = term
+        weight = 1.0
+        before, _, after = term.rpartition(":")  # at the last colon
+        if before and is_number(after):
+            name = before
+            weight = float(after)
         if not math.isfinite(weight):
             raise RewardError(f"{option} {spec}: the weight of {name} must be finite")
         if name in weights:
@@ -537,7 +549,7 @@ def load(spec, option):
             continue
         try:
             loaded[name] = (REWARDS[name](), weight)
-        except OSError as error:  # of transformers, for a model that is neither here nor reachable
+        except OSError as error:  # from transformers, if a model cannot be found or downloaded
             reason = " ".join(str(error).split())[:300]
             raise RewardError(f"{option} {name}: its model, which is downloaded once from "
                               f"huggingface.co, cannot be loaded: {reason}") from error
@@ -545,23 +557,24 @@ def load(spec, option):
 
 
 def import_function(name, option):
-    """file.py:function, or module:function for any module that Python finds"""
+    """The function that file.py:function names"""
     file, _, function = name.rpartition(":")
-    folder, module_name = os.path.split(file.removesuffix(".py"))
-    sys.path.append(os.path.abspath(folder))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name:
-            raise  # something that the user's own file imports
-        raise RewardError(f"{option} {name}: there is no file {file}") from error
-    if not hasattr(module, function):
+    path = os.path.abspath(file)
+    if not (os.path.isfile(path) and path.endswith(".py")):
+        raise RewardError(f"{option} {name}: there is no Python file {file}")
+    if path not in sys.modules:  # a file is run once, even if two of the rewards are in it
+        sys.path.append(os.path.dirname(path))  # for what it imports from its own folder
+        spec = importlib.util.spec_from_file_location(path, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path] = module
+        spec.loader.exec_module(module)
+    if not hasattr(sys.modules[path], function):
         raise RewardError(f"{option} {name}: {file} has no function {function}")
-    return getattr(module, function)
+    return getattr(sys.modules[path], function)
 
 
 def check(loaded, rows):
-    """Try now what could fail late in a run: the check of all prompts, and scores of two images."""
+    """Fail now rather than late: check all prompts, and score two black images."""
     for name, (reward, _) in loaded.items():
         if hasattr(reward, "check"):
             try:
@@ -585,14 +598,14 @@ def score(loaded, images, rows):
         values = np.array(gather_object(values))
         scores[f"reward/{name}"] = values
         total = total + weight * values
-    return {**scores, "reward": total}
+    scores["reward"] = total
+    return scores
 
 
 def accuracy(scores, rows):
-    """The share of images that are entirely right, of all and of each tag, if this can be told
-
-    That is so if the first reward is OCR or GenEval: for these a score of 1 means right. GenEval's
-    own accuracy accepts extra objects except when counting, ours does not. Its tags are the tasks.
+    """The share of images with a score of 1, of all and of each tag, if the first reward is OCR or
+    GenEval. GenEval's own accuracy accepts extra objects except when counting, ours does not. Its
+    tags are the tasks.
     """
     first = list(scores)[0]
     if first not in HAVE_A_RIGHT_ANSWER:
@@ -611,14 +624,16 @@ def to_floats(result, count, name):
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict):
         raise RewardError(f"{contract}not (scores, dict), as the official rewards do: return only "
                           "the scores")
+    if torch.is_tensor(result):
+        result = result.detach().cpu()  # Apple's GPUs have no float64
     try:
-        values = torch.as_tensor(result, dtype=torch.float64).detach().cpu()
+        values = torch.as_tensor(result, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(f"{contract}not a {type(result).__name__} ({error})") from error
     if values.shape not in ((count,), (count, 1)):
         raise RewardError(f"{contract}not {list(values.shape)} numbers")
     values = values.flatten().tolist()
     for value in values:
-        if not abs(value) < 1e30:  # above, or nan: the mathematics is in float32
+        if math.isnan(value) or abs(value) > 1e30:  # the mathematics is in float32
             raise RewardError(f"reward {name} gave {value}, which is not a finite score")
     return values

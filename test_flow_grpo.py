@@ -1329,7 +1329,6 @@ def sit_down(folder, monkeypatch):
     """Make a folder with custom.py in it the current one"""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    sys.modules.pop("custom", None)
     Path("custom.py").write_text(CUSTOM)
 
 
@@ -1383,8 +1382,8 @@ def test_a_sum_of_rewards_is_read_as_names_and_weights(spec, weights):
 
 @pytest.mark.parametrize("spec, says", [
     ("ocrr", "no reward 'ocrr'.*ocr, geneval"), ("", "choose from ocr"), ("ocr,ocr:2", "twice"),
-    ("ocr:nan", "weight of ocr"), ("nofile.py:fn", "no file nofile.py"),
-    ("custom.py:nothing", "no function nothing"), ("custom:nothing", "no function nothing")])
+    ("ocr:nan", "weight of ocr"), ("nofile.py:fn", "no Python file nofile.py"),
+    ("custom.py:nothing", "no function nothing"), ("custom:three", "no Python file custom")])
 def test_a_reward_that_cannot_be_found_is_one_line(desk, spec, says):
     assert re.search(f"^--reward.*{says}", exits(rewards.load, spec, "--reward"))
 
@@ -1393,11 +1392,14 @@ def test_a_file_is_found_in_the_current_folder_or_by_its_path(desk):
     before = sys.path.copy()
     Path("sub").mkdir()
     Path("sub/neighbor.py").touch()
-    Path("sub/other.py").write_text(CUSTOM + "import neighbor")
-    for spec in ("custom.py:three", "custom:three", "./custom.py:three", "sub/other.py:three",
-                 f"{desk}/sub/other.py:three"):
+    Path("sub/json.py").write_text(CUSTOM + "import neighbor")  # Python has a json, too
+    for spec in ("custom.py:three", "./custom.py:three", "sub/json.py:three",
+                 f"{desk}/sub/json.py:three"):
         function, _ = rewards.load(spec, "--reward")[spec]
         assert function("ab", None, None) == [3, 3]
+    both = rewards.load("custom.py:three,./custom.py:ink", "--reward")
+    (three, _), (ink, _) = both.values()
+    assert three.__globals__ is ink.__globals__  # a file is run once
     assert sys.path[:len(before)] == before  # users' folders come last, so they hide no library
 
 
