@@ -107,9 +107,9 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #     CPS          std = s * sin(a * pi/2)  keep = sqrt(s^2 - std^2)  arXiv 2509.05952
 #
 # If v is the best one and steps are small, equation 9 gives x the same distribution as the ODE, at
-# every time and whatever sigma is. (The paper's appendix A has a proof. Skip the two points if you
-# trust it.) Let p be the density of x. A step of equation 9 does two things that the ODE's step
-# does not, and by the Fokker-Planck equation their effects on p cancel:
+# every time and whatever sigma is. (Appendix A of the paper proves it. If you trust that, go on at
+# "In practice".) Let p be the density of x. A step of equation 9 does two things that the ODE's
+# step does not, and by the Fokker-Planck equation their effects on p cancel:
 #
 #   1. It adds fresh noise. This blurs p: it changes by std^2 / 2 * laplacian(p).
 #   2. It keeps less of noise_guess, which moves x by m = -std^2 / (2t) * noise_guess. This sharpens
@@ -125,16 +125,17 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #
 #   - The v of a network is only roughly the best one. With guidance, or after training towards a
 #     reward, it is not even meant to be.
-#   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there. So
-#     the first step has std = a, even if it is tiny, and x gets a bit too noisy: for s near 1, the
-#     noise in x_next has the variance keep^2 + std^2 = (1 - a^2 / 2)^2 + a^2 = 1 + a^4 / 4, not 1.
+#   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
+#     Then the std of the first step is a, however small the step is, and x gets a bit too noisy:
+#     for s near 1, the variance of its noise, keep^2 + std^2, is (1 - a^2 / 2)^2 + a^2 =
+#     1 + a^4 / 4 instead of 1.
 #   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
-# CPS (coefficients-preserving sampling) has the opposite error. Its keep would be right if
-# noise_guess had the variance 1. But noise_guess is an average and varies less, so each random step
-# leaves too little noise in x. The images have no grain, but they are too much alike. Smaller steps
-# do not help: each of them replaces the same share of the noise, however small it is. The paper's
-# results are with the flow SDE, our default.
+# CPS (coefficients-preserving sampling) has the opposite error. If noise_guess had the variance 1,
+# the noise in x would have the variance keep^2 + std^2 = s^2, as it should. But noise_guess is an
+# average and varies less, so each random step leaves too little noise in x. The images are clean,
+# but vary less than they should. Smaller steps do not help: even a tiny one replaces the same share
+# of the noise. The paper's results are with the flow SDE, our default.
 
 
 class Step(NamedTuple):
@@ -189,8 +190,7 @@ def gaussian_log_prob(x_next, mean, std):
     so do we. `clipped_loss` says what this means for the ratio.
 
     PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it.
-    This factor gives late steps the largest gradients, because the std of CPS shrinks with s. So
-    train early ones.
+    This factor gives late steps the largest gradients, because the std of CPS shrinks with s.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -206,7 +206,7 @@ def kl_penalty(mean, mean_ref, kl_scale):
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean, and for the flow SDE
     it has sigma^2 in place of std^2 = sigma^2 * (t-s). We do the same, because the published beta
-    belongs to it.
+    belongs to it. For CPS both have std^2.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -251,8 +251,8 @@ def clipped_loss(ratio, advantages, clip_range):
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and with
     the published clip range of 1e-4 clipping begins at 1.0001, a true ratio of 1.0001^65536, about
-    700. In PPO the ratio also weights the advantage, which corrects for samples of an old policy.
-    Ours is about 1, so it only decides when to clip.
+    700. In PPO the ratio is also a factor of the advantage, which corrects for samples of an old
+    policy. Our ratio is about 1, so it only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -293,9 +293,9 @@ def choose_window(config, rng):
 
     A window of a few early steps leaves no such noise, and makes the update cheaper. Early steps
     decide most of what an image shows, and even one of them makes the images of a group differ.
-    Late steps decide little, but their std is small, and so their gradients are large. In the toy
-    they drown those of the early steps. The authors found later (Flow-GRPO-Fast, with PickScore)
-    that two random steps are enough.
+    Late steps decide little, yet have the largest gradients, because their std is small. In the toy
+    these drown the gradients of the early steps. The authors found later (Flow-GRPO-Fast, with
+    PickScore) that two random steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -360,8 +360,8 @@ def update(policy, config, episodes, advantages):
 
     Several small updates usually get further than a large one. So each update gets a part of every
     group. From the second update on, the images come from a slightly older policy, and our ratio
-    cannot correct for that (see `clipped_loss`). So each image is used only once, as in the
-    official code.
+    cannot correct for that (see `clipped_loss`). To use them again would make this worse. So each
+    image is used only once, as in the official code.
 
     PAPER/CODE: The code shuffles the images of the epoch first. We need not. All images of a group
     are drawn in the same way, so the first half of a group is as good as a random half.
@@ -381,11 +381,13 @@ def update(policy, config, episodes, advantages):
         pairs_of_all_processes = len(pairs) * WORLD.num_processes
         for batch in progress(pairs.split(config.batch_size), "update"):
             policy_loss, kl, ratio = losses(policy, config, episodes, advantages, batch)
-            check_ratio(ratio, config.clip_range, is_first=update_number == 0)
+            is_first_update = update_number == 0
+            check_ratio(ratio, config.clip_range, is_first_update)
             loss = policy_loss + config.beta * kl
             # Gradients add up over the batches, and in optimize() over the processes. Dividing by
             # the number of all pairs gives the mean.
-            (loss.sum() / pairs_of_all_processes).backward()
+            mean_loss = loss.sum() / pairs_of_all_processes
+            mean_loss.backward()
             kls.append(kl.detach())
             ratios.append(ratio.detach())
         norms.append(policy.optimize())
@@ -434,7 +436,7 @@ def losses(policy, config, episodes, advantages, batch):
     return policy_loss, kl, ratio
 
 
-def check_ratio(ratio, clip_range, is_first):
+def check_ratio(ratio, clip_range, is_first_update):
     """Stop if a ratio is not finite, or if it differs from 1 in the first update."""
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -442,7 +444,7 @@ def check_ratio(ratio, clip_range, is_first):
     # Rounding may move a ratio a little. We allow half the clip range, but at least 1e-5 and at
     # most 1e-4.
     allowed = np.clip(clip_range / 2, 1e-5, 1e-4)
-    if is_first and off > allowed:
+    if is_first_update and off > allowed:
         sys.exit(f"before the first update a ratio is off by {off:.2g}, but it must be 1: sampling "
                  "and training do not compute the same thing (guidance? dropout?)")
 
@@ -495,12 +497,17 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
     # The share of groups that teach nothing, because all their images have the same score.
     equal = group_scores.amax(1) == group_scores.amin(1)
     metrics["no_signal"] = equal.float().mean()
-    return metrics | {key: values.mean() for key, values in scores.items()}
+    for key, values in scores.items():
+        metrics[key] = values.mean()
+    return metrics
 
 
 def repeat_each(items, n):
     """[a, b], 2 -> [a, a, b, b]"""
-    return [item for item in items for _ in range(n)]
+    repeated = []
+    for item in items:
+        repeated += [item] * n
+    return repeated
 
 
 def evaluate(policy, config, eval_rewards, test_set, folder):
@@ -519,11 +526,13 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
     numbers = my_part(range(len(test_set)))
     rows = [test_set[number] for number in numbers]
     prompts = [row["prompt"] for row in rows]
-    seeds = [number * n + copy for number in numbers for copy in range(n)]
+    seeds = []
+    for number in numbers:
+        seeds += range(number * n, number * n + n)
     no_window = range(0)
     with policy.averaged():
         episodes = rollout(policy, config, prompts, seeds, config.eval_steps, no_window)
-    scores = rewards.score(eval_rewards, episodes.images, repeat_each(rows, n))  # of all images
+    scores = rewards.score(eval_rewards, episodes.images, repeat_each(rows, n))  # of all processes
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
     # For OCR and GenEval also the share of images that are entirely right
@@ -570,8 +579,8 @@ def train(config):
         metrics = {"epoch": epoch}
         if epoch > 0:
             # Late in a run, nearly all groups may have equal scores. Then mostly the KL penalty has
-            # a gradient. Adam divides it by its recent size, so it takes full steps back to the
-            # base model, unless the learning rate falls.
+            # a gradient. Adam divides every gradient by its recent size, so even a tiny one takes
+            # full steps, here back to the base model, unless the learning rate falls.
             learning_rate = config.learning_rate
             if config.lr_decay:
                 learning_rate *= 1 - (epoch - 1) / config.epochs
@@ -896,7 +905,7 @@ def load_policy(config):
     unit = 2 * pipe.vae_scale_factor  # SD3 and FLUX join 2 x 2 latents in a token
     if config.resolution % unit:
         sys.exit(f"--resolution {config.resolution} must be a multiple of {unit}")
-    limit = policy.network.config.get("pos_embed_max_size")  # in tokens. Only SD3 has one
+    limit = policy.network.config.get("pos_embed_max_size")  # in tokens a side. Only SD3 has one
     if limit and config.resolution > limit * unit:
         sys.exit(f"--resolution {config.resolution} must be at most {limit * unit}")
     return policy
@@ -959,8 +968,8 @@ class Config:
     eval_per_prompt: int = 2  # images of each of them
 
 
-# Steps, group size, noise level, resolution, beta and LoRA are from appendix B.3 of the paper. What
-# has no comment and is not among these is from the code.
+# Steps, group size, noise level, resolution, beta and LoRA are from appendix B.3 of the paper. The
+# rest is from the code, except where a comment says otherwise.
 PAPER = dict(
     model="stabilityai/stable-diffusion-3.5-medium",
     resolution=512,
@@ -985,8 +994,8 @@ PAPER = dict(
     beta=0.04,  # for GenEval and OCR. For PickScore it is 0.01
     std_over="epoch",
     lora_rank=32,
-    # PAPER/CODE: The code (for 32 GPUs) renews the average only after each 8th update, and then
-    # twice, with a decay of 0.9. We renew it once after each update: 0.974^8 = 0.9^2.
+    # PAPER/CODE: The code renews the average only after every 8th update, but then two times in a
+    # row, with a decay of 0.9. We renew it after each update, with 0.974: 0.974^8 = 0.9^2.
     ema_decay=0.974,
     batch_size=8,  # ours
     eval_prompts=0,
@@ -1040,7 +1049,7 @@ PRESETS = {
         noise_level=0.9,
         beta=0.0,
         lora_rank=64,
-        ema_decay=0.924,  # the code uses 0.9 six times in 8 updates: 0.924^8 = 0.9^6
+        ema_decay=0.924,  # the code renews it six times in a row: 0.924^8 = 0.9^6
         batch_size=4,  # this and the next to save memory
         gradient_checkpointing=True,
     ),
@@ -1079,7 +1088,7 @@ def parse_config(argv=None):
                         description=__doc__)
 
     asked = parse_command_line({})
-    first_reward, *_ = rewards.parse(asked.reward, "--reward")
+    reward_names = list(rewards.parse(asked.reward, "--reward"))
     if asked.resume:
         if asked.preset:
             sys.exit(f"--preset {asked.preset}: not with --resume, which keeps a run's options")
@@ -1089,7 +1098,7 @@ def parse_config(argv=None):
             sys.exit(f"--preset {asked.preset}: choose from {', '.join(PRESETS)}")
         options = PRESETS[asked.preset]
     else:
-        options = PRESETS.get(first_reward, {})
+        options = PRESETS.get(reward_names[0], {})
     config = parse_command_line(options)
     check_config(config)
     check_machine(config)
@@ -1118,8 +1127,7 @@ def check_config(config):
     images = own_groups * (config.group_size // config.updates)
     if config.precision == "bf16" and images % config.batch_size:
         sys.exit(f"--batch_size {config.batch_size}: with bf16 it must divide {images}, the number "
-                 "of images that a process uses in an update, so that sampling and training use "
-                 "batches of the same size, and round alike")
+                 "of images that a process uses in an update. Only batches of one size round alike")
     if 0 < config.eval_prompts < WORLD.num_processes:
         sys.exit(f"--eval_prompts {config.eval_prompts}: must be at least one for each of the "
                  f"{WORLD.num_processes} processes, or 0 for all prompts")
@@ -1274,7 +1282,8 @@ def save_images(images, rows, scores, folder):
 
     images are those of this process, rows and scores are those of all.
     """
-    images = gather_object(images[:12])[:12]  # of all processes, in order
+    gathered = gather_object(images[:12])  # 12 of each process, in order
+    images = gathered[:12]
     if not WORLD.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -323,11 +323,11 @@ def test_a_wrong_ratio_stops_the_run_whichever_image_has_it(image, off, says):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_ratio_may_be_off_by_rounding_and_by_half_of_the_clip_range(off, clip_range, right, sign):
     ratio = torch.tensor([1, 1 + sign * off], dtype=torch.float64)
-    flow_grpo.check_ratio(ratio, clip_range, is_first=False)
+    flow_grpo.check_ratio(ratio, clip_range, is_first_update=False)
     if right:
-        flow_grpo.check_ratio(ratio, clip_range, is_first=True)
+        flow_grpo.check_ratio(ratio, clip_range, is_first_update=True)
     else:
-        assert "off by" in exits(flow_grpo.check_ratio, ratio, clip_range, is_first=True)
+        assert "off by" in exits(flow_grpo.check_ratio, ratio, clip_range, is_first_update=True)
 
 
 def equation_5(policy, drawn, advantages, images):
