@@ -206,7 +206,7 @@ def kl_penalty(mean, mean_ref, kl_scale):
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean, and for the flow SDE
     it has sigma^2 in place of std^2 = sigma^2 * (t-s). We do the same, because the published beta
-    belongs to it. For CPS both have std^2.
+    belongs to it. For CPS the code has std^2, too.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -251,8 +251,8 @@ def clipped_loss(ratio, advantages, clip_range):
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and with
     the published clip range of 1e-4 clipping begins at 1.0001, a true ratio of 1.0001^65536, about
-    700. In PPO the ratio is also a factor of the advantage, which corrects for samples of an old
-    policy. Our ratio is about 1, so it only decides when to clip.
+    700. In PPO the ratio, as a factor of the advantage, also corrects for samples of an old policy.
+    Our ratio is about 1, so it only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -293,9 +293,9 @@ def choose_window(config, rng):
 
     A window of a few early steps leaves no such noise, and makes the update cheaper. Early steps
     decide most of what an image shows, and even one of them makes the images of a group differ.
-    Late steps decide little, yet have the largest gradients, because their std is small. In the toy
-    these drown the gradients of the early steps. The authors found later (Flow-GRPO-Fast, with
-    PickScore) that two random steps are enough.
+    Late steps decide little, yet have the largest gradients, because the std of a step falls with
+    t. In the toy these drown the gradients of the early steps. The authors found later
+    (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -955,8 +955,8 @@ class Config:
     learning_rate: float = 3e-3  # of AdamW
     lr_decay: bool = True  # the learning rate falls linearly to 0
     # Adam divides a gradient by its recent size plus adam_eps. Our losses are means over D, so
-    # gradients can be far below 1e-8, and then hardly anything moves. If the kl stays at 0, try
-    # 1e-15
+    # gradients can be far below an adam_eps of 1e-8, and then hardly anything moves. If the kl
+    # stays at 0, try 1e-15
     adam_eps: float = 1e-8
     clip_range: float = 1e-3  # a ratio this far from 1 gets no further push
     beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
@@ -1088,7 +1088,6 @@ def parse_config(argv=None):
                         description=__doc__)
 
     asked = parse_command_line({})
-    reward_names = list(rewards.parse(asked.reward, "--reward"))
     if asked.resume:
         if asked.preset:
             sys.exit(f"--preset {asked.preset}: not with --resume, which keeps a run's options")
@@ -1098,6 +1097,7 @@ def parse_config(argv=None):
             sys.exit(f"--preset {asked.preset}: choose from {', '.join(PRESETS)}")
         options = PRESETS[asked.preset]
     else:
+        reward_names = list(rewards.parse(asked.reward, "--reward"))
         options = PRESETS.get(reward_names[0], {})
     config = parse_command_line(options)
     check_config(config)
