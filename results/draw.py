@@ -410,7 +410,7 @@ def pictures():
         Image.open(run).convert("RGB").save(FIGURES / "before_after_geneval.png")
     film = RESULTS.parent / "runs/ocr-film-seed0"
     frames = []
-    for after in sorted(film.glob("samples/*")):
+    for after in sorted(film.glob("samples/[0-9]*")):
         flow_grpo.draw_before_after(film / "samples/0000", after, film)
         frames.append(Image.open(film / "before_after.png").convert("RGB"))
     if frames:

@@ -23,7 +23,7 @@ def weighted_losses(policy, config, episodes, advantages, batch):
     all_steps = torch.tensor(episodes.window)
     std = flow_grpo.make_step(episodes.times, all_steps, config.noise_level, config.sde).std
     weights = (std**2 / (std**2).mean()).flatten()  # 1 on average
-    _, k = batch.unbind(1)
+    k = batch[:, 1]
     return policy_loss * weights[k], kl, ratio
 
 
