@@ -474,7 +474,8 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
     first_seeds = [rng.getrandbits(60) for _ in range(groups * group_size)]
     fresh_seeds = [rng.getrandbits(60) for _ in range(groups * group_size)]
     if config.same_noise:  # so only the SDE steps, which are trained, make a difference in a group
-        first_seeds = repeat_each(first_seeds[:groups], group_size)
+        one_for_each_group = first_seeds[:groups]
+        first_seeds = repeat_each(one_for_each_group, group_size)
     window = choose_window(config, rng)
 
     rows = my_part(chosen)  # if there are several processes, each has its part of the groups
@@ -549,9 +550,10 @@ def train(config):
     test_set = rewards.load_prompts(config, "test")
     train_rewards = rewards.load(config.reward, "--reward")
     eval_rewards = dict(train_rewards)
-    for name, (function, _) in rewards.load(config.eval_reward, "--eval_reward").items():
-        if name not in eval_rewards:
-            eval_rewards[name] = (function, 0)  # measured, but with a weight of 0 in the sum
+    only_measured = rewards.load(config.eval_reward, "--eval_reward")
+    for name, (function, _) in only_measured.items():
+        if name not in train_rewards:
+            eval_rewards[name] = (function, 0)  # with a weight of 0 in the sum
     rewards.check(eval_rewards, train_set + test_set)
 
     policy = load_policy(config)

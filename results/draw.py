@@ -414,6 +414,10 @@ def pictures():
         flow_grpo.draw_before_after(film / "samples/0000", after, film)
         frames.append(Image.open(film / "before_after.png").convert("RGB"))
     if frames:
+        # One palette for all frames, or the images before training would change their colors, too
+        strip = np.concatenate([np.asarray(frame) for frame in frames])
+        palette = Image.fromarray(strip).quantize(256)
+        frames = [frame.quantize(palette=palette) for frame in frames]
         seconds = [1] * (len(frames) - 1) + [3]
         frames[0].save(FIGURES / "film.gif", save_all=True, append_images=frames[1:], loop=0,
                        duration=[1000 * second for second in seconds])
