@@ -4,14 +4,14 @@
 
 metadata are the rows of the dataset, which contain the prompts. `--reward` takes a name from
 REWARDS below, your own "file.py:function", or a weighted sum of these, "ocr:1,pickscore:0.5". Your
-function is the reward itself. REWARDS holds factories: they load the models and return the reward,
-so only what is asked for gets loaded. "The paper" is Flow-GRPO (arXiv 2505.05470), "official" means
-github.com/yifan123/flow_grpo.
+own function is called as it is. A name stands for a function that loads a model and returns the
+reward, so only what is asked for gets loaded. "The paper" is Flow-GRPO (arXiv 2505.05470),
+"official" means github.com/yifan123/flow_grpo.
 
 A reward may have an attribute `check` (`ocr` sets one), a function of all prompts and metadata. It
 is called before training and raises RewardError for a prompt that the reward cannot judge. Scores
-are never made up: if a reward fails, the run stops. PAPER/CODE marks where the paper and the
-official code differ. (ImageReward is missing: its package needs an old transformers.)
+are never made up: if a reward fails, the run stops. PAPER/CODE marks where the paper, the official
+code and this file differ. (ImageReward is missing: its package needs an old transformers.)
 """
 import importlib.util
 import json
@@ -52,11 +52,12 @@ def ocr():
     # Many engines with one thread each are faster than one with many. The last three options stop
     # rapidocr from enlarging small images and padding short lines, which is slow and does not help.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the share of this process
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
+    threads = max(1, cores // processes)
     options = {"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1,
                "Det.limit_type": "max", "Det.limit_side_len": 960,
                "Rec.rec_img_shape": [3, 48, 160]}
-    engines = [RapidOCR(params=options) for _ in range(cores)]
+    engines = [RapidOCR(params=options) for _ in range(threads)]
 
     def rate(image, prompt):
         image = image.convert("RGB")
@@ -66,7 +67,7 @@ def ocr():
         return text_score("".join(lines or ()), quoted(prompt), Levenshtein.distance)
 
     def reward(images, prompts, metadata):
-        with ThreadPoolExecutor(cores) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(rate, images, prompts))
 
     def check(prompts, metadata):
@@ -79,8 +80,8 @@ def ocr():
 def quoted(prompt):
     """The text between the prompt's first two double quotes
 
-    A stray quote, as in 12" for inches, would mark the wrong text. So an odd number of quotes, or a
-    backslash before one, is refused. No official prompt has either.
+    A stray quote, as in 12" for inches, would make us score the wrong text. So an odd number of
+    quotes, or a backslash before one, is refused. No official prompt has either.
     """
     parts = prompt.split('"')
     if len(parts) < 3 or not parts[1].strip():
@@ -93,13 +94,13 @@ def quoted(prompt):
 
 
 def text_score(text, target, distance):
-    """Case and spaces do not count, and more text around a complete target does no harm (official
-    ocr.py).
+    """From 0 to 1. Case and spaces do not count, and more text around a complete target does no
+    harm (official ocr.py).
     """
     if not target.isascii():
-        # PAPER/CODE: The official code compares all characters as they are, as we do with ASCII. A
-        # target with a curly apostrophe could then never be right, because the engine reads a
-        # straight one.
+        # PAPER/CODE: The official code compares all characters as they are, and so do we if the
+        # target is ASCII. But a target with a curly apostrophe could then never be right, because
+        # the engine reads a straight one.
         text = plain(text)
         target = plain(target)
     text = without_spaces(text).lower()
@@ -114,8 +115,8 @@ def without_spaces(text):
 
 
 def plain(text):
-    """Gives characters that look alike one form: full-width letters, ligatures, curly quotes and
-    accented letters
+    """Gives characters that look alike one form: full-width letters, ligatures, curly quotes, and
+    accents that are characters of their own
     """
     straight = str.maketrans("\u2018\u2019\u201b\u201c\u201d\u201f", "'''\"\"\"")
     return unicodedata.normalize("NFKC", text).translate(straight)
@@ -129,29 +130,40 @@ def geneval_score(found, row):
     """The paper's rule-based reward (section 5.1): the mean of all terms, 1 when all is as asked.
 
     found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata. Each
-    count gives 1 - |N_found - N_asked| / N_asked, below 0 for more than twice as many. Each color
-    gives the same for the objects of this color, each place 1 or 0. Both give 0 if the count is
-    wrong. If a row asks for both (no official row does), a wrong color makes the place wrong, too.
+    entry of its "include" gives up to three terms:
+
+      count  1 - |N_found - N_asked| / N_asked, which is below 0 for more than twice as many
+      color  the same for the objects of this color, but 0 if the count is wrong
+      place  1 if it is right, and 0 if not, or if the count or color is wrong. (No official row
+             asks for a color and a place.)
+
+    As an exact count is asked for, the "exclude" of GenEval's counting prompts is not needed.
     """
     terms = []
-    references = []  # for each entry of include: the objects found for it, [] if they are wrong
+    references = []  # for each entry, the objects found for it, or [] if anything of it is wrong
     for asked in row["include"]:
         objects = [thing for thing in found if thing["class"] == asked["class"]]
         terms.append(count_term(objects, asked["count"]))
-        right = len(objects) == asked["count"]
+        is_right = len(objects) == asked["count"]
         if asked.get("color"):
-            colored = [thing for thing in objects if thing["color"] == asked["color"]]
-            terms.append(count_term(colored, asked["count"]) if right else 0.0)
-            right = right and len(colored) == asked["count"]
+            if is_right:
+                colored = [thing for thing in objects if thing["color"] == asked["color"]]
+                terms.append(count_term(colored, asked["count"]))
+                is_right = len(colored) == asked["count"]
+            else:
+                terms.append(0.0)
         if asked.get("position"):
             # PAPER/CODE: after a wrong place the official code adds another term of 1, so two
             # objects in a wrong place score 0.75 instead of 2/3. We follow the paper.
             relation, index = asked["position"]
-            right = right and all_are(relation, objects, references[index])
-            terms.append(float(right))
-        # PAPER/CODE: Nothing has a place next to objects that are wrong themselves. This is from
-        # the official code, the paper does not say.
-        references.append(objects if right else [])
+            is_right = is_right and all_are(relation, objects, references[index])
+            terms.append(float(is_right))
+        # PAPER/CODE: If these objects are wrong, so is every place that is given relative to them.
+        # This is from the official code, the paper does not say.
+        if is_right:
+            references.append(objects)
+        else:
+            references.append([])
     return sum(terms) / len(terms)
 
 
@@ -171,28 +183,32 @@ def all_are(relation, objects, references):
 def relations(box, reference):
     """Where a box lies, seen from another: a set of RELATIONS (GenEval's rule, arXiv 2310.11513).
 
-    Along each axis, the offset of the centers is shortened by a tenth of the sum of both sizes, and
-    divided by the distance of the centers. More than 0.5 to a side counts. Boxes: (left, top,
-    right, bottom) in pixels.
+    The offset of the two centers is shortened, in x by a tenth of the sum of both widths, in y by a
+    tenth of both heights. A relation holds if more than half of the distance of the centers is left
+    in its direction. Boxes are (left, top, right, bottom) in pixels.
     """
-    box = np.reshape(box, (2, 2))  # [[left, top], [right, bottom]]
-    reference = np.reshape(reference, (2, 2))
-    offset = box.mean(0) - reference.mean(0)
-    sizes = box[1] - box[0] + reference[1] - reference[0]
-    beyond = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * sizes, 0)
-    if np.abs(beyond).max() < 1e-3:
-        return set()
-    x, y = beyond / np.linalg.norm(offset)
+    left, top, right, bottom = box
+    ref_left, ref_top, ref_right, ref_bottom = reference
+    x = (left + right) / 2 - (ref_left + ref_right) / 2
+    y = (top + bottom) / 2 - (ref_top + ref_bottom) / 2
+    half = 0.5 * math.hypot(x, y)
+    x = shorten(x, 0.1 * (right - left + ref_right - ref_left))
+    y = shorten(y, 0.1 * (bottom - top + ref_bottom - ref_top))
     holds = set()
-    if x < -0.5:
+    if x < -half:
         holds.add("left of")
-    if x > 0.5:
+    if x > half:
         holds.add("right of")
-    if y < -0.5:
+    if y < -half:
         holds.add("above")
-    if y > 0.5:
+    if y > half:
         holds.add("below")
     return holds
+
+
+def shorten(offset, by):
+    """Moves a number towards 0, but not beyond"""
+    return math.copysign(max(abs(offset) - by, 0), offset)
 
 
 def check_metadata(prompts, metadata, classes, colors):
@@ -239,7 +255,8 @@ def scene_reward(judge, classes, colors):
 
 
 PHOTO_COLORS = "red orange yellow green blue purple pink brown black white".split()
-# GenEval's names of COCO's 80 classes, in COCO's order. Models have other names, but this order.
+# GenEval's names of COCO's 80 classes, in COCO's order. Models may spell them in another way, but
+# number them in this order.
 PHOTO_CLASSES = [name.replace("_", " ") for name in """person bicycle car motorcycle airplane bus
 train truck boat traffic_light fire_hydrant stop_sign parking_meter bench bird cat dog horse sheep
 cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard
@@ -259,19 +276,21 @@ def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name
 
     Models: Mask2Former Swin-S, trained on COCO (0.3 GB), and CLIP ViT-L/14 (1.7 GB) for colors.
     As in the original evaluator (arXiv 2310.11513): confidence above 0.3, or 0.9 when counting; at
-    most 16 objects of a class; images enlarged to 800 pixels; a color is told on the object alone,
-    cut out on gray. But the weights are the hub's copy of Mask2Former and OpenAI's of CLIP, not
-    mmdet's and open_clip's, and images are not compressed to JPEG first.
+    most 16 objects of a class; the shorter side of an image is enlarged to 800 pixels; CLIP sees
+    only the object, cut out on gray, to name its color. But the weights are the hub's copy of
+    Mask2Former and OpenAI's of CLIP, not mmdet's and open_clip's. And images are not compressed to
+    JPEG, as they are in the official training.
     """
     detect = load_detector(detector)
-    _, embed = load_clip(name, name)
+    _, embed_images, embed_texts = load_clip(name, name)
 
     def judge(image, row):
-        found = detect(image, threshold=0.9 if row.get("tag") == "counting" else 0.3)
+        threshold = 0.9 if row.get("tag") == "counting" else 0.3
+        found = detect(image, threshold)
         colored = [asked["class"] for asked in row["include"] if asked.get("color")]
         for thing in found:
             if thing["class"] in colored:  # only then, as it takes a pass through CLIP
-                thing["color"] = name_color(embed, image, thing)
+                thing["color"] = name_color(embed_images, embed_texts, image, thing)
         return geneval_score(found, row)
     return scene_reward(judge, PHOTO_CLASSES, PHOTO_COLORS)
 
@@ -288,25 +307,30 @@ def load_detector(name):
     @torch.no_grad()
     def detect(image, threshold):
         inputs = processor(images=image.convert("RGB"), size=DETECTOR_SIZE, return_tensors="pt")
-        results = processor.post_process_instance_segmentation(
-            model(**inputs.to(model.device)), threshold=threshold,
-            target_sizes=[(image.height, image.width)], return_binary_maps=True)
-        pairs = zip(results[0]["segments_info"], results[0]["segmentation"])
-        surest_first = sorted(pairs, key=lambda pair: pair[0]["score"], reverse=True)
+        outputs = model(**inputs.to(DEVICE))
+        result, = processor.post_process_instance_segmentation(
+            outputs, threshold=threshold, target_sizes=[(image.height, image.width)],
+            return_binary_maps=True)
+        things = []
+        for segment, mask in zip(result["segments_info"], result["segmentation"]):
+            mask = Image.fromarray(mask.cpu().numpy() > 0)
+            if mask.getbbox():  # it is None if the mask is empty
+                things.append({"class": PHOTO_CLASSES[segment["label_id"]],
+                               "confidence": segment["score"],
+                               "box": mask.getbbox(),
+                               "mask": mask})
+        things.sort(key=lambda thing: thing["confidence"], reverse=True)
         found = []
         counts = dict.fromkeys(PHOTO_CLASSES, 0)
-        for segment, mask in surest_first:
-            label = PHOTO_CLASSES[segment["label_id"]]
-            mask = Image.fromarray(mask.cpu().numpy() > 0)
-            is_empty = mask.getbbox() is None
-            if not is_empty and counts[label] < 16:
-                found.append({"class": label, "box": mask.getbbox(), "mask": mask})
-                counts[label] += 1
+        for thing in things:
+            if counts[thing["class"]] < 16:
+                found.append(thing)
+                counts[thing["class"]] += 1
         return found
     return detect
 
 
-def name_color(embed, image, thing):
+def name_color(embed_images, embed_texts, image, thing):
     """The one of PHOTO_COLORS that CLIP sees in an object."""
     gray = Image.new("RGB", image.size, "#999999")  # as in GenEval
     alone = Image.composite(image.convert("RGB"), gray, thing["mask"]).crop(thing["box"])
@@ -316,10 +340,11 @@ def name_color(embed, image, thing):
         phrases.append(f"a photo of a {color} {kind}")
         phrases.append(f"a photo of a {color}-colored {kind}")
         phrases.append(f"a photo of a {color} object")
-    picture, texts = embed([alone], phrases)  # [1, D], [30, D]
+    texts = embed_texts(phrases)  # [30, D]
     means = texts.view(len(PHOTO_COLORS), 3, -1).mean(1)  # over the three phrases of a color
-    directions = torch.nn.functional.normalize(means, dim=-1)
-    cosines = directions @ picture[0]
+    directions = unit_length(means)
+    picture = embed_images([alone])[0]
+    cosines = directions @ picture
     return PHOTO_COLORS[int(cosines.argmax())]
 
 
@@ -331,14 +356,15 @@ def pickscore(name="yuvalkirstain/PickScore_v1",
     Model: PickScore_v1, a CLIP ViT-H/14 (arXiv 2305.01569, 3.9 GB). The official training divides
     by 26, the paper's tables do not (SD3.5-Medium: 21.72): that is `pickscore_unscaled`.
     """
-    model, embed = load_clip(name, processor)
-    return cosine_reward(embed, scale * model.logit_scale.exp().item())
+    model, embed_images, embed_texts = load_clip(name, processor)
+    scale = scale * model.logit_scale.exp().item()
+    return cosine_reward(embed_images, embed_texts, scale)
 
 
 def clipscore(name=CLIP):
     """Alignment: 100 x the cosine of image and prompt. Model: CLIP ViT-L/14 (1.7 GB)."""
-    _, embed = load_clip(name, name)
-    return cosine_reward(embed, 100)
+    _, embed_images, embed_texts = load_clip(name, name)
+    return cosine_reward(embed_images, embed_texts, 100)
 
 
 def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
@@ -347,56 +373,67 @@ def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
     LAION's sac+logos+ava1-l14-linearMSE: github.com/christophschuhmann/improved-aesthetic-predictor
     """
     import huggingface_hub
-    model, embed = load_clip(name, name)
+    _, embed_images, _ = load_clip(name, name)
     path = head
     if not os.path.exists(path):
         path = huggingface_hub.hf_hub_download(head, "aesthetic-model.pth")
-    state = torch.load(path, map_location=model.device, weights_only=True)
+    state = torch.load(path, map_location=DEVICE, weights_only=True)
     layers = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
 
     def reward(images, prompts, metadata):
-        x, _ = embed(images, prompts)
+        x = embed_images(images)
         for layer in layers:  # there are no activations between them
             x = torch.nn.functional.linear(x, state[f"{layer}.weight"], state[f"{layer}.bias"])
         return x[:, 0].tolist()
     return reward
 
 
-def cosine_reward(embed, scale):
+def cosine_reward(embed_images, embed_texts, scale):
     """scale x the cosine of each image with its own prompt"""
     def reward(images, prompts, metadata):
-        image, text = embed(images, prompts)
-        return [scale * cosine for cosine in (image * text).sum(-1).tolist()]
+        cosines = (embed_images(images) * embed_texts(prompts)).sum(1)
+        return [scale * cosine for cosine in cosines.tolist()]
     return reward
 
 
 @lru_cache  # rewards that share a model share its memory
-def load_clip(name, processor):
-    """-> the model, and a function of images and texts that gives their embeddings of length 1"""
+def load_clip(name, processor_name):
+    """-> the model, embed_images and embed_texts. These give embeddings [B, D] of length 1."""
     from transformers import AutoProcessor, CLIPModel
     model = CLIPModel.from_pretrained(name).to(DEVICE)
-    processor = AutoProcessor.from_pretrained(processor)
+    processor = AutoProcessor.from_pretrained(processor_name)
+    max_length = model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
-    def embed(images, texts):
-        image_embeds = []
-        text_embeds = []
-        for i in range(0, len(texts), 32):  # 32 at a time
-            inputs = processor(
-                images=[image.convert("RGB") for image in images[i:i + 32]],
-                text=list(texts[i:i + 32]), return_tensors="pt", padding=True, truncation=True,
-                max_length=model.config.text_config.max_position_embeddings)
-            out = model(**inputs.to(model.device))
-            image_embeds.append(out.image_embeds)
-            text_embeds.append(out.text_embeds)
-        return torch.cat(image_embeds), torch.cat(text_embeds)  # [B, D] and [B, D]
-    return model, embed
+    def embed_images(images):
+        parts = []
+        for start in range(0, len(images), 32):
+            batch = [image.convert("RGB") for image in images[start:start + 32]]
+            inputs = processor(images=batch, return_tensors="pt").to(DEVICE)
+            parts.append(model.get_image_features(**inputs).pooler_output)
+        return unit_length(torch.cat(parts))
+
+    @torch.no_grad()
+    def embed_texts(texts):
+        parts = []
+        for start in range(0, len(texts), 32):
+            batch = list(texts[start:start + 32])
+            inputs = processor(text=batch, return_tensors="pt", padding=True, truncation=True,
+                               max_length=max_length).to(DEVICE)
+            parts.append(model.get_text_features(**inputs).pooler_output)
+        return unit_length(torch.cat(parts))
+    return model, embed_images, embed_texts
+
+
+def unit_length(embeds):
+    """[B, D], each row divided by its length"""
+    return embeds / embeds.square().sum(1, keepdim=True).sqrt()
 
 
 # ---------------------------------------------------------------------------------------- diversity
 def diversity():
-    """The mean distance of an image to the others of its prompt. The distance of two images is the
-    root mean square difference of their pixels, from 0 to 1.
+    """The mean distance of an image to the others of its prompt, 0 if it is the only one. The
+    distance of two images is the root mean square difference of their pixels, from 0 to 1.
     """
     def reward(images, prompts, metadata):
         pixels = [np.asarray(image, float) / 255 for image in images]
@@ -442,21 +479,23 @@ def load_prompts(config, split):
     """
     toy_task = "ocr" if "ocr" in parse(config.reward, "--reward") else "geneval"
     folder = Path(config.dataset or f"{TOY}/{toy_task}")
-    text = folder / f"{split}.txt"
-    table = folder / f"{split}_metadata.jsonl"
-    path = text if text.exists() else table
+    text_path = folder / f"{split}.txt"
+    table_path = folder / f"{split}_metadata.jsonl"
+    path = text_path if text_path.exists() else table_path
     where = f"--dataset {folder}: "
     try:
+        # Not splitlines(), which also splits at characters that may be in a prompt
         lines = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise RewardError(f"{where}{path.name} is not UTF-8 (at byte {error.start})") from error
     except OSError as error:
-        raise RewardError(f"{where}{text.name} or {table.name} cannot be read there") from error
+        raise RewardError(
+            f"{where}{text_path.name} or {table_path.name} cannot be read there") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if path == text:
+        if path == text_path:
             row = {"prompt": line}
         else:
             row = read_row(line, f"{where}{path.name} line {number}")
@@ -574,7 +613,7 @@ def import_function(name, option):
 
 
 def check(loaded, rows):
-    """Fail now rather than late: check all prompts, and score two black images."""
+    """Fail now rather than late: check all prompts, and score two black images as a trial."""
     for name, (reward, _) in loaded.items():
         if hasattr(reward, "check"):
             try:
@@ -604,8 +643,8 @@ def score(loaded, images, rows):
 
 def accuracy(scores, rows):
     """The share of images with a score of 1, of all and of each tag, if the first reward is OCR or
-    GenEval. GenEval's own accuracy accepts extra objects except when counting, ours does not. Its
-    tags are the tasks.
+    GenEval. GenEval's own accuracy accepts extra objects except when counting, ours does not. The
+    tag of its rows is the task.
     """
     first = list(scores)[0]
     if first not in HAVE_A_RIGHT_ANSWER:
@@ -625,7 +664,7 @@ def to_floats(result, count, name):
         raise RewardError(f"{contract}not (scores, dict), as the official rewards do: return only "
                           "the scores")
     if torch.is_tensor(result):
-        result = result.detach().cpu()  # Apple's GPUs have no float64
+        result = result.detach().cpu()  # on Apple's GPUs there is no float64
     try:
         values = torch.as_tensor(result, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -634,6 +673,6 @@ def to_floats(result, count, name):
         raise RewardError(f"{contract}not {list(values.shape)} numbers")
     values = values.flatten().tolist()
     for value in values:
-        if math.isnan(value) or abs(value) > 1e30:  # the mathematics is in float32
+        if math.isnan(value) or abs(value) > 1e30:  # flow_grpo.py computes in float32
             raise RewardError(f"reward {name} gave {value}, which is not a finite score")
     return values

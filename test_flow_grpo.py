@@ -1211,10 +1211,12 @@ def test_a_color_is_told_on_the_object_alone_by_the_mean_of_three_phrases():
     texts[:, 0] = 1  # a cosine of 0.6
     texts[6:9] = torch.tensor([[0.0, 9.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 30.0]])  # yellow: 0.41
     texts[12:15] = torch.tensor([0.0, 1.0, 0.0])  # blue: 0.8
-    embed = Mock(return_value=(torch.tensor([[0.6, 0.8, 0.0]]), texts))
+    embed_images = Mock(return_value=torch.tensor([[0.6, 0.8, 0.0]]))
+    embed_texts = Mock(return_value=texts)
     cup = {"class": "cup", "mask": mask, "box": (10, 9, 20, 30)}
-    assert rewards.name_color(embed, image, cup) == "blue"
-    (picture,), phrases = embed.call_args.args
+    assert rewards.name_color(embed_images, embed_texts, image, cup) == "blue"
+    (picture,), = embed_images.call_args.args
+    phrases, = embed_texts.call_args.args
     assert picture.size == (10, 21)
     assert picture.getpixel((2, 5)) == (255, 0, 0)
     assert picture.getpixel((2, 0)) == (153, 153, 153)
