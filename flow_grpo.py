@@ -78,8 +78,8 @@ import rewards  # the prompts and the rewards
 # `accelerate launch` starts this script once for each GPU, plain `python` starts it once. Without
 # a GPU, cpu=True is needed for several processes.
 WORLD = PartialState(cpu=not torch.accelerator.is_available())
-# With torch 2.11 on an H200, cuDNN's attention gave a FLUX with random weights gradients that were
-# not finite.
+# With torch 2.11 on an H200, cuDNN's attention produced gradients that were not finite (in a FLUX
+# with random weights).
 torch.backends.cuda.enable_cudnn_sdp(False)
 for library in (diffusers, transformers):  # no warnings, no progress bars
     library.utils.logging.set_verbosity_error()
@@ -111,12 +111,12 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 # "In practice".) Let p be the density of x. A step of equation 9 does two things that the ODE's
 # step does not, and by the Fokker-Planck equation their effects on p cancel:
 #
-#   1. It adds fresh noise. This blurs p: it changes by std^2 / 2 * laplacian(p).
+#   1. It adds fresh noise. This blurs p, as heat spreads: p changes by std^2 / 2 * laplacian(p).
 #   2. It keeps less of noise_guess, which moves x by m = -std^2 / (2t) * noise_guess. This sharpens
 #      p, because m leads to where x is more likely. By Tweedie's formula (equation 27 of the paper)
 #      noise_guess is -t * grad(log p), so
 #
-#          m     = std^2 / 2 * grad(log p)
+#          m     = -std^2 / (2t) * (-t * grad(log p)) = std^2 / 2 * grad(log p)
 #          p * m = std^2 / 2 * grad(p)            because p * grad(log p) = grad(p)
 #
 #      A move m changes p by -div(p * m), here by -std^2 / 2 * laplacian(p).
@@ -126,16 +126,18 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #   - The v of a network is only roughly the best one. With guidance, or after training towards a
 #     reward, it is not even meant to be.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
-#     Then the std of the first step is a, however small the step is, and x gets a bit too noisy:
-#     for s near 1, the variance of its noise, keep^2 + std^2, is (1 - a^2 / 2)^2 + a^2 =
-#     1 + a^4 / 4 instead of 1.
+#     Then sigma is a / sqrt(1-s), and as 1-s is also the length of the step, std is a, however
+#     small the step is. This leaves a bit too much noise in x. At t = 1 noise_guess is x itself,
+#     with the variance 1. So if s is near 1, the noise in x_next has the variance
+#     keep^2 + std^2 = (1 - a^2 / 2)^2 + a^2 = 1 + a^4 / 4 instead of 1.
 #   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
 # CPS (coefficients-preserving sampling) has the opposite error. If noise_guess had the variance 1,
 # the noise in x would have the variance keep^2 + std^2 = s^2, as it should. But noise_guess is an
 # average and varies less, so each random step leaves too little noise in x. The images are clean,
-# but vary less than they should. Smaller steps do not help: even a tiny one replaces the same share
-# of the noise. The paper's results are with the flow SDE, our default.
+# but vary less than they should. Smaller steps do not help: the std of CPS does not depend on t-s,
+# so even a tiny step replaces the same share of the noise. The paper's results are with the flow
+# SDE, our default.
 
 
 class Step(NamedTuple):
@@ -240,10 +242,10 @@ def clipped_loss(ratio, advantages, clip_range):
     Equation 5 maximizes the mean of min(ratio * advantage, clip(ratio) * advantage) - beta * KL
     over all images and steps. This function returns minus the min. `update` adds the KL.
 
-    The ratio says how much more likely a step is now than when it was sampled. In the first update
-    of an epoch it is 1, so the gradient is -advantage * grad(log_prob), a plain policy gradient.
-    Later updates still use the images of the old policy, and clipping limits how far these can push
-    the new one:
+    The ratio says how much more likely a step is now than when it was sampled. Its gradient is
+    ratio * grad(log_prob). In the first update of an epoch the ratio is 1, so the loss has the
+    gradient -advantage * grad(log_prob), a plain policy gradient. Later updates still use the
+    images of the old policy, and clipping limits how far these can push the new one:
 
         advantage > 0    the gradient is 0 once the ratio is above 1 + clip_range
         advantage < 0    the gradient is 0 once the ratio is below 1 - clip_range
@@ -251,8 +253,8 @@ def clipped_loss(ratio, advantages, clip_range):
     Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
     always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and with
     the published clip range of 1e-4 clipping begins at 1.0001, a true ratio of 1.0001^65536, about
-    700. In PPO the ratio, as a factor of the advantage, also corrects for samples of an old policy.
-    Our ratio is about 1, so it only decides when to clip.
+    700. In PPO the ratio has a second task: as a factor of the gradient, it corrects for samples
+    that come from an old policy. Ours is too near 1 for that, and only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -287,15 +289,16 @@ def choose_window(config, rng):
     last one is not trained. We take the last one with the ODE.
 
     With the flow SDE and `window` 0, images of ten steps are visibly noisy. At a = 0.7 on SD3.5's
-    time grid, the last SDE step goes from t = 0.28 to s = 0.009. It adds noise of std 0.225, and
-    the only step left, from t = 0.009 to 0, removes noise of 0.009. But all images of a group are
-    equally noisy, so many rewards can still compare them.
+    time grid, the last SDE step goes from t = 0.28 to s = 0.009. Its keep is even negative, -0.08.
+    It adds noise of std 0.225, and the only step left, from t = 0.009 to 0, removes noise of 0.009.
+    But all images of a group are equally noisy, so many rewards can still compare them.
 
     A window of a few early steps leaves no such noise, and makes the update cheaper. Early steps
     decide most of what an image shows, and even one of them makes the images of a group differ.
-    Late steps decide little, yet have the largest gradients, because the std of a step falls with
-    t. In the toy these drown the gradients of the early steps. The authors found later
-    (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
+    Late steps decide little, yet have the largest gradients: the gradient of log_prob grows with
+    1 / std, and the std of a step falls with t. In the toy these drown the gradients of the early
+    steps. The authors found later (Flow-GRPO-Fast, with PickScore) that two random steps are
+    enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -316,9 +319,9 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     """
     B = len(first_seeds)
     K = len(window)
-    group_size = B // len(prompts)  # in an evaluation this is config.eval_per_prompt
+    images_per_prompt = B // len(prompts)
     times = policy.time_grid(T)
-    condition = [c.repeat_interleave(group_size, 0) for c in policy.encode(prompts)]
+    condition = [c.repeat_interleave(images_per_prompt, 0) for c in policy.encode(prompts)]
 
     # Each image has its own generators, on the CPU. So its noise does not depend on the batch or
     # the device.
@@ -360,10 +363,10 @@ def update(policy, config, episodes, advantages):
 
     Several small updates usually get further than a large one. So each update gets a part of every
     group. From the second update on, the images come from a slightly older policy, and our ratio
-    cannot correct for that (see `clipped_loss`). To use them again would make this worse. So each
-    image is used only once, as in the official code.
+    cannot correct for that (see `clipped_loss`). Using an image again would make this worse. So
+    each image is used only once, as in the official code.
 
-    PAPER/CODE: The code shuffles the images of the epoch first. We need not. All images of a group
+    PAPER/CODE: The code shuffles the images of the epoch first, we do not. All images of a group
     are drawn in the same way, so the first half of a group is as good as a random half.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
@@ -377,7 +380,8 @@ def update(policy, config, episodes, advantages):
     kls, ratios, norms = [], [], []
     parts = image_numbers.chunk(config.updates, dim=1)
     for update_number, part in enumerate(parts):
-        pairs = torch.cartesian_prod(part.flatten(), sde_steps)  # [image, k], each with each
+        images = part.flatten()
+        pairs = torch.cartesian_prod(images, sde_steps)  # [image, k], every image at every SDE step
         pairs_of_all_processes = len(pairs) * WORLD.num_processes
         for batch in progress(pairs.split(config.batch_size), "update"):
             policy_loss, kl, ratio = losses(policy, config, episodes, advantages, batch)
@@ -456,8 +460,11 @@ def redness(images, prompts, metadata):
     It gets PIL images, their prompts, and their rows of the dataset (metadata). It returns a number
     for each image, and need not be differentiable.
     """
-    means = [np.asarray(image).mean((0, 1)) / 255 for image in images]
-    return [r - max(g, b) for r, g, b in means]
+    scores = []
+    for image in images:
+        red, green, blue = np.asarray(image).mean((0, 1)) / 255
+        scores.append(red - max(green, blue))
+    return scores
 
 
 def train_epoch(policy, config, train_rewards, train_set, epoch):
@@ -529,7 +536,8 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
     prompts = [row["prompt"] for row in rows]
     seeds = []
     for number in numbers:
-        seeds += range(number * n, number * n + n)
+        for i in range(n):
+            seeds.append(number * n + i)
     no_window = range(0)
     with policy.averaged():
         episodes = rollout(policy, config, prompts, seeds, config.eval_steps, no_window)
@@ -568,7 +576,8 @@ def train(config):
         policy.restore(checkpoint)
         history = checkpoint["history"]
     accelerator = Accelerator(log_with=config.report_to or None, project_dir=folder)
-    accelerator.init_trackers("flow_grpo", asdict(config), {"wandb": {"name": folder.name}})
+    name_in_wandb = {"wandb": {"name": folder.name}}
+    accelerator.init_trackers("flow_grpo", asdict(config), name_in_wandb)
     say(f"{folder}: {config.groups} groups of {config.group_size} images in an epoch, on "
         f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
 
@@ -581,8 +590,9 @@ def train(config):
         metrics = {"epoch": epoch}
         if epoch > 0:
             # Late in a run, nearly all groups may have equal scores. Then mostly the KL penalty has
-            # a gradient. Adam divides every gradient by its recent size, so even a tiny one takes
-            # full steps, here back to the base model, unless the learning rate falls.
+            # a gradient. It is tiny, but Adam divides every gradient by its recent size, and makes
+            # it a full step. So the model would go back to the base model, if the learning rate did
+            # not fall.
             learning_rate = config.learning_rate
             if config.lr_decay:
                 learning_rate *= 1 - (epoch - 1) / config.epochs
@@ -725,7 +735,9 @@ class Policy:
     def decode(self, latents):
         """Latents [B, C, H, W] -> B PIL images"""
         vae = self.pipe.vae
-        shift = vae.config.get("shift_factor") or 0
+        shift = vae.config.get("shift_factor")
+        if shift is None:  # some VAEs have none
+            shift = 0
         pixels = vae.decode(latents / vae.config.scaling_factor + shift).sample
         if not pixels.isfinite().all():
             sys.exit("the pixels of an image are not finite. In epoch 0 the cause is "
@@ -776,10 +788,11 @@ class Policy:
             state = peft.get_peft_model_state_dict(self.network)
             layers = {}
             for name, weights in state.items():
-                # The file has no alpha, so its readers take alpha / rank to be 1. We multiply one
-                # of the two matrices by it instead.
-                factor = ALPHA_OVER_RANK if "lora_B" in name else 1
-                layers[name.removeprefix("base_model.model.")] = factor * weights
+                # The file has no alpha, so its readers take alpha / rank to be 1. Instead, we
+                # multiply one of the two matrices by alpha / rank.
+                if "lora_B" in name:
+                    weights = ALPHA_OVER_RANK * weights
+                layers[name.removeprefix("base_model.model.")] = weights
         return layers
 
     def checkpoint(self):
@@ -842,10 +855,10 @@ class FluxPolicy(Policy):
 
     def time_grid(self, T):
         tokens = (self.latent_shape[1] // 2) ** 2
-        config = self.pipe.scheduler.config
+        scheduler = self.pipe.scheduler.config
         mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(
-            tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift,
-            config.max_shift)
+            tokens, scheduler.base_image_seq_len, scheduler.max_image_seq_len,
+            scheduler.base_shift, scheduler.max_shift)
         return super().time_grid(T, sigmas=np.linspace(1, 1 / T, T), mu=mu)
 
 
@@ -858,8 +871,8 @@ class SanaPolicy(Policy):
         # Its own DPM-Solver looks back at earlier steps. A policy may see only the current x.
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
         # The instruction that the stock pipeline puts before each prompt
-        call = inspect.signature(pipe.__call__)
-        self.instruction = call.parameters["complex_human_instruction"].default
+        parameters = inspect.signature(pipe.__call__).parameters
+        self.instruction = parameters["complex_human_instruction"].default
         super().__init__(pipe, config)
 
     def forward(self, x, t, embeds, mask):
@@ -960,7 +973,7 @@ class Config:
     # gradients can be far below an adam_eps of 1e-8, and then hardly anything moves. If the kl
     # stays at 0, try 1e-15
     adam_eps: float = 1e-8
-    clip_range: float = 1e-3  # a ratio this far from 1 gets no further push
+    clip_range: float = 1e-3  # a ratio this far from 1 is not pushed further away
     beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
     std_over: Literal["epoch", "group"] = "epoch"  # whose std divides the advantages
     lora_rank: int = 32  # alpha is twice the rank
@@ -996,8 +1009,8 @@ PAPER = dict(
     beta=0.04,  # for GenEval and OCR. For PickScore it is 0.01
     std_over="epoch",
     lora_rank=32,
-    # PAPER/CODE: The code renews the average only after every 8th update, but then two times in a
-    # row, with a decay of 0.9. We renew it after each update, with 0.974: 0.974^8 = 0.9^2.
+    # PAPER/CODE: The code renews the average twice after every 8th update, with a decay of 0.9. We
+    # renew it once after each update, with 0.974, which comes to the same: 0.974^8 = 0.9^2.
     ema_decay=0.974,
     batch_size=8,  # ours
     eval_prompts=0,
@@ -1083,13 +1096,10 @@ def parse_config(argv=None):
     """The options of a run -> Config
 
     The command line wins over the preset or the run to resume, and these win over Config. So tyro
-    parses twice, the second time with the values of the preset or run as defaults.
+    parses twice. The first time is only to find the preset or the run. The second time, its values
+    are the defaults.
     """
-    def parse_command_line(defaults):
-        return tyro.cli(Config, default=Config(**defaults), args=argv, use_underscores=True,
-                        description=__doc__)
-
-    asked = parse_command_line({})
+    asked = parse_command_line(argv, {})
     if asked.resume:
         if asked.preset:
             sys.exit(f"--preset {asked.preset}: not with --resume, which keeps a run's options")
@@ -1101,10 +1111,15 @@ def parse_config(argv=None):
     else:
         reward_names = list(rewards.parse(asked.reward, "--reward"))
         options = PRESETS.get(reward_names[0], {})
-    config = parse_command_line(options)
+    config = parse_command_line(argv, options)
     check_config(config)
     check_machine(config)
     return config
+
+
+def parse_command_line(argv, defaults):
+    return tyro.cli(Config, default=Config(**defaults), args=argv, use_underscores=True,
+                    description=__doc__)
 
 
 def check_config(config):
@@ -1125,11 +1140,12 @@ def check_config(config):
     if config.groups % WORLD.num_processes:
         sys.exit(f"--groups {config.groups}: must be a multiple of the number of processes, "
                  f"{WORLD.num_processes}")
+    # In bf16, batches of different sizes are rounded differently. Then the first ratio is not 1.
     own_groups = config.groups // WORLD.num_processes
     images = own_groups * (config.group_size // config.updates)
     if config.precision == "bf16" and images % config.batch_size:
         sys.exit(f"--batch_size {config.batch_size}: with bf16 it must divide {images}, the number "
-                 "of images that a process uses in an update. Only batches of one size round alike")
+                 "of images that a process uses in an update, so that all batches have one size")
     if 0 < config.eval_prompts < WORLD.num_processes:
         sys.exit(f"--eval_prompts {config.eval_prompts}: must be at least one for each of the "
                  f"{WORLD.num_processes} processes, or 0 for all prompts")
@@ -1204,7 +1220,8 @@ def claim_folder(config):
 
 def new_folder(names):
     """runs/ocr, or the first free one of runs/ocr-2, runs/ocr-3, ... for the rewards of a run"""
-    folder_name = re.sub(r"\W+", "-", "-".join(names)).strip("-")  # "./my.py:f" gives "my-py-f"
+    folder_name = "-".join(names)
+    folder_name = re.sub(r"\W+", "-", folder_name).strip("-")  # "./my.py:f" becomes "my-py-f"
     folder = Path("runs", folder_name)
     number = 1
     while folder.exists():
@@ -1238,7 +1255,7 @@ def read_checkpoint(folder):
                  "first one, start it again, with the same --name")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        Config(**checkpoint["options"])  # fails for the options of another version
+        Config(**checkpoint["options"])  # fails for options that this version does not have
         return checkpoint
     except Exception as error:  # torch raises almost anything for a damaged file
         sys.exit(f"--resume {folder}: its checkpoint.pt is damaged, or of another version of this "
@@ -1312,13 +1329,13 @@ def draw_before_after(before, after, folder):
         title = f"{row_before['score']:.2f} -> {row_after['score']:.2f}  {row_after['prompt']}"
         titles.append(textwrap.fill(title, 44))
     longest = max(title.count("\n") + 1 for title in titles)  # in lines
-    lines = math.ceil(len(titles) / 3)
+    rows = math.ceil(len(titles) / 3)
     height = 1.5 + 0.15 * longest  # of two images and their title, in inches
-    figure = Figure(figsize=(8.8, 0.3 + lines * height), layout="constrained")
+    figure = Figure(figsize=(8.8, 0.3 + rows * height), layout="constrained")
     figure.suptitle(f"before training (left) and after epoch {int(after.name)} (right)")
     for number, (image_before, image_after) in enumerate(zip(images_before, images_after)):
         gap = Image.new("RGB", (image_before.width // 24, image_before.height), "white")
-        plot = figure.add_subplot(lines, 3, number + 1)
+        plot = figure.add_subplot(rows, 3, number + 1)
         plot.set_axis_off()
         plot.imshow(np.hstack([image_before, gap, image_after]))
         plot.set_title(titles[number], fontsize=8, parse_math=False)
@@ -1330,8 +1347,8 @@ def draw_curve(folder, history):
     panels = []
     for key in history[0]:  # epoch 0 is an evaluation
         if key.startswith("eval_reward/") or key == "eval_accuracy":
-            training_key = key.removeprefix("eval_")  # there is none for the accuracy
-            panels.append([training_key, key])
+            training_key = key.removeprefix("eval_")
+            panels.append([training_key, key])  # in one panel. Training has no accuracy
     panels.append(["kl"])
     figure = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
     for plot, keys in zip(figure.subplots(1, len(panels)), panels):
@@ -1349,7 +1366,7 @@ def draw_curve(folder, history):
 
 def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # no terminal can fail to print a prompt
+        stream.reconfigure(errors="backslashreplace")  # for terminals that lack a character
     try:
         config = parse_config(argv)
         train(config)
