@@ -7,8 +7,8 @@ with random steps, and later samples without the randomness:
 
   sde_step          One denoising step, made random: some of the noise in x is replaced by fresh
                     noise. So x_next comes from a Gaussian whose density is known, and this Gaussian
-                    is the policy. With the paper's SDE and small steps, the images have the same
-                    distribution as with the ODE.
+                    is the policy. With the paper's SDE and small steps, the images have nearly the
+                    same distribution as with the ODE.
   rollout           Samples a group of images for each prompt, in 10 steps instead of 40.
   group_advantages  Compares the reward of each image with the rewards of its own group.
   update            Makes the steps behind the better images more likely and the others less, with
@@ -208,7 +208,7 @@ def kl_penalty(mean, mean_ref, kl_scale):
     PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
     dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean, and for the flow SDE
     it has sigma^2 in place of std^2 = sigma^2 * (t-s). We do the same, because the published beta
-    belongs to it. For CPS the code has std^2, too.
+    belongs to it. (For CPS the code divides by std^2, as it should.)
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -289,14 +289,14 @@ def choose_window(config, rng):
     last one is not trained. We take the last one with the ODE.
 
     With the flow SDE and `window` 0, images of ten steps are visibly noisy. At a = 0.7 on SD3.5's
-    time grid, the last SDE step goes from t = 0.28 to s = 0.009. Its keep is even negative, -0.08.
+    time grid, the last SDE step goes from t = 0.278 to s = 0.009. Its keep is even negative, -0.08.
     It adds noise of std 0.225, and the only step left, from t = 0.009 to 0, removes noise of 0.009.
     But all images of a group are equally noisy, so many rewards can still compare them.
 
     A window of a few early steps leaves no such noise, and makes the update cheaper. Early steps
     decide most of what an image shows, and even one of them makes the images of a group differ.
-    Late steps decide little, yet have the largest gradients: the gradient of log_prob grows with
-    1 / std, and the std of a step falls with t. In the toy these drown the gradients of the early
+    Late steps decide little, yet have the largest gradients: late steps have a small std, and the
+    gradient of log_prob grows with 1 / std. In the toy these drown the gradients of the early
     steps. The authors found later (Flow-GRPO-Fast, with PickScore) that two random steps are
     enough.
     """
@@ -310,8 +310,8 @@ def choose_window(config, rng):
 def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     """Sample B images in T steps, a group of them for each prompt -> Rollout
 
-    first_seeds [B] are for the first noise of each image, fresh_seeds [B] for its SDE steps, if
-    there are any.
+    first_seeds [B] are for the first noise of each image, fresh_seeds [B] for its SDE steps. If
+    there are none, fresh_seeds is empty.
 
     Training samples in 10 steps instead of 40, which the paper calls denoising reduction. The
     images are worse, but good enough to be compared. The same network gives v in 10 and in 40
@@ -480,7 +480,7 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
     chosen = rng.sample(pool, groups)
     first_seeds = [rng.getrandbits(60) for _ in range(groups * group_size)]
     fresh_seeds = [rng.getrandbits(60) for _ in range(groups * group_size)]
-    if config.same_noise:  # so only the SDE steps, which are trained, make a difference in a group
+    if config.same_noise:  # then the images of a group differ only by their SDE steps
         one_for_each_group = first_seeds[:groups]
         first_seeds = repeat_each(one_for_each_group, group_size)
     window = choose_window(config, rng)
@@ -536,12 +536,13 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
     prompts = [row["prompt"] for row in rows]
     seeds = []
     for number in numbers:
-        for i in range(n):
-            seeds.append(number * n + i)
+        for copy in range(n):
+            seeds.append(number * n + copy)
     no_window = range(0)
     with policy.averaged():
         episodes = rollout(policy, config, prompts, seeds, config.eval_steps, no_window)
-    scores = rewards.score(eval_rewards, episodes.images, repeat_each(rows, n))  # of all processes
+    # Like train_epoch, this gets the scores of all processes.
+    scores = rewards.score(eval_rewards, episodes.images, repeat_each(rows, n))
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}
     # For OCR and GenEval also the share of images that are entirely right
@@ -590,9 +591,9 @@ def train(config):
         metrics = {"epoch": epoch}
         if epoch > 0:
             # Late in a run, nearly all groups may have equal scores. Then mostly the KL penalty has
-            # a gradient. It is tiny, but Adam divides every gradient by its recent size, and makes
-            # it a full step. So the model would go back to the base model, if the learning rate did
-            # not fall.
+            # a gradient, a tiny one. But Adam divides every gradient by its recent size, so the
+            # model would still take full steps, back to the base model. A falling learning rate
+            # prevents this.
             learning_rate = config.learning_rate
             if config.lr_decay:
                 learning_rate *= 1 - (epoch - 1) / config.epochs
@@ -721,10 +722,11 @@ class Policy:
         scheduler = self.pipe.scheduler
         scheduler.set_timesteps(T, device=WORLD.device, **options)
         times = scheduler.sigmas.float()
-        falls = len(times) == T + 1 and (times.diff() < 0).all()
+        is_complete = len(times) == T + 1
+        falls = (times.diff() < 0).all()
         starts_at_1 = abs(times[0] - 1) <= 1e-6
         ends_at_0 = times[-1] == 0
-        if not (falls and starts_at_1 and ends_at_0):
+        if not (is_complete and falls and starts_at_1 and ends_at_0):
             sys.exit(f"--model {self.config.model}: the times of its {type(scheduler).__name__} do "
                      f"not fall from 1 to 0 in {T} steps. It needs a "
                      "FlowMatchEulerDiscreteScheduler")
@@ -855,10 +857,10 @@ class FluxPolicy(Policy):
 
     def time_grid(self, T):
         tokens = (self.latent_shape[1] // 2) ** 2
-        scheduler = self.pipe.scheduler.config
+        options = self.pipe.scheduler.config
         mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(
-            tokens, scheduler.base_image_seq_len, scheduler.max_image_seq_len,
-            scheduler.base_shift, scheduler.max_shift)
+            tokens, options.base_image_seq_len, options.max_image_seq_len, options.base_shift,
+            options.max_shift)
         return super().time_grid(T, sigmas=np.linspace(1, 1 / T, T), mu=mu)
 
 
@@ -968,13 +970,13 @@ class Config:
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch
     learning_rate: float = 3e-3  # of AdamW
-    lr_decay: bool = True  # the learning rate falls linearly to 0
+    lr_decay: bool = True  # the learning rate falls linearly, epoch by epoch, towards 0
     # Adam divides a gradient by its recent size plus adam_eps. Our losses are means over D, so
     # gradients can be far below an adam_eps of 1e-8, and then hardly anything moves. If the kl
     # stays at 0, try 1e-15
     adam_eps: float = 1e-8
     clip_range: float = 1e-3  # a ratio this far from 1 is not pushed further away
-    beta: float = 0.5  # weight of the KL penalty. More keeps the quality and slows down the reward
+    beta: float = 0.5  # weight of the KL penalty. A larger one keeps quality, but slows learning
     std_over: Literal["epoch", "group"] = "epoch"  # whose std divides the advantages
     lora_rank: int = 32  # alpha is twice the rank
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0: no average
@@ -1010,14 +1012,14 @@ PAPER = dict(
     std_over="epoch",
     lora_rank=32,
     # PAPER/CODE: The code renews the average twice after every 8th update, with a decay of 0.9. We
-    # renew it once after each update, with 0.974, which comes to the same: 0.974^8 = 0.9^2.
+    # renew it after each update. A decay of 0.974 comes to the same in 8 updates: 0.974^8 = 0.9^2.
     ema_decay=0.974,
     batch_size=8,  # ours
     eval_prompts=0,
     eval_per_prompt=1,
 )
 
-# A cheaper setting for one GPU of 24 GB, but never tried on one. What has no comment is from
+# A cheaper setting for one GPU of 24 GB, but never tried on one. Lines without a comment are from
 # verl-omni's script for SD3.5 and OCR (pull request 178 of github.com/verl-project/verl-omni). The
 # authors' own geneval_sd3_fast_nocfg has the same window, CPS, noise level, clip range and beta.
 FAST = PAPER | dict(
@@ -1064,7 +1066,7 @@ PRESETS = {
         noise_level=0.9,
         beta=0.0,
         lora_rank=64,
-        ema_decay=0.924,  # the code renews it six times in a row: 0.924^8 = 0.9^6
+        ema_decay=0.924,  # the code renews it six times after every 8th update: 0.924^8 = 0.9^6
         batch_size=4,  # this and the next to save memory
         gradient_checkpointing=True,
     ),
