@@ -1,13 +1,18 @@
-"""Draws results/figures and fills in the tables: python results/draw.py [NAME OF A FUNCTION ...]
+"""Draws results/figures, fills in the tables, and prints the other numbers of results/README.md
 
-The numbers are those of runs.jsonl, or of the method itself. The pictures of images are made from
-those that results/run_all.py has left in runs/.
+  python results/draw.py                    # all of it
+  python results/draw.py curves marginals   # only what these functions below do
+
+The numbers are those of runs.jsonl, or of the method itself. Pictures of images come from the
+folders that results/run_all.py has left in runs/. Without these, the old pictures stay.
 """
 import json
 import math
 import sys
 from pathlib import Path
 
+import diffusers
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -19,9 +24,19 @@ sys.path.insert(0, str(RESULTS.parent))
 import flow_grpo  # noqa: E402
 import rewards  # noqa: E402
 
+RUNS = RESULTS.parent / "runs/runs"
 # One color for one thing in all pictures (Okabe and Ito's, which color-blind people can tell apart)
-ODE, SDE, CPS, WRONG = "black", "#0072B2", "#E69F00", "#D55E00"
-TEXT, SCENES = "#009E73", "#CC79A7"
+ODE = "black"
+SDE = "#0072B2"
+CPS = "#E69F00"
+WRONG = "#D55E00"  # without the corrected drift, or without the KL penalty
+TEXT = "#009E73"
+SCENES = "#CC79A7"
+PREFERENCE = "#56B4E9"
+matplotlib.rcParams["axes.titlesize"] = 9
+matplotlib.rcParams["axes.labelsize"] = 9
+matplotlib.rcParams["legend.fontsize"] = 8
+matplotlib.rcParams["legend.frameon"] = False
 
 
 def runs(name):
@@ -88,7 +103,8 @@ def denoising_table():
             (40, "all but the last, weighted", "weighted/T40", "time/noisy-T40"),
             (10, "all but the last, weighted", "weighted/T10", "time/noisy-T10")):
         read = finals(words, "eval_accuracy")
-        rows.append([steps, random_steps, spread(read), epoch_seconds(seconds)])
+        first_epoch = curve(runs(seconds)[0], "seconds")[1]  # without an evaluation
+        rows.append([steps, random_steps, spread(read), f"{first_epoch:.1f}"])
     write_table("denoising", header, rows)
 
 
@@ -103,28 +119,38 @@ def quality_table():
             ("preference", "pickscore", "pickscore/default", "toy_taste", "diversity")):
         row = [trained_on]
         for name in (quality, diversity):
-            before, = finals(f"base/{base}", f"eval_reward/{name}")
+            before = finals(f"base/{base}", f"eval_reward/{name}")[0]
             after = finals(run, f"eval_reward/{name}")
             row += [f"{before:.2f}", f"{np.mean(after):.2f} ({min(after):.2f})"]
         rows.append(row)
     write_table("quality", header, rows)
 
 
-def epoch_seconds(name):
-    """Of training epochs, without those that also evaluate"""
-    found = []
-    for row in runs(name):
-        evaluated = [epoch for epoch, _ in row["curves"]["eval_reward"]]
-        for epoch, seconds in row["curves"]["seconds"]:
-            if epoch not in evaluated:
-                found.append(seconds)
-    return f"{np.mean(found):.1f}"
+def numbers():
+    """Those of results/README.md that are in no table. last_step, marginals and where_noise_decides
+    have the others.
+    """
+    for name in ("base/geneval", "geneval/default"):
+        for tag in ("single_object", "two_object", "counting", "colors", "position", "color_attr"):
+            print(name, tag, spread(finals(name, f"eval_accuracy/{tag}")))
+    started = [curve(row, "eval_accuracy")[0] for row in runs("generalization/default")]
+    print("without cross, purple and four:", spread(started), "->",
+          spread(finals("generalization/default", "eval_accuracy")))
+    started = [curve(row, "eval_reward/toy_inks")[0] for row in runs("words/default")]
+    print("color variety with 10 steps:", spread(started), "->",
+          spread(finals("words/default", "eval_reward/toy_inks")))
+    print("with 40:", spread(finals("words/T40", "eval_reward/toy_inks")))
+    print("text without the KL penalty:", spread(finals("ocr/beta0", "eval_accuracy")))
+    print("geneval/window3:", finals("geneval/window3", "eval_accuracy"))
+    for beta in ("0", "0.3"):
+        for row in runs(f"hacking/beta{beta}"):
+            taste = curve(row, "eval_reward/toy_taste")
+            print(f"far too hard, beta {beta}, seed {row['seed']}: taste", taste)
 
 
-def tables():
-    results_table()
-    denoising_table()
-    quality_table()
+def curve(row, key):
+    """{epoch: value}"""
+    return dict(row["curves"][key])
 
 
 def save(figure, name):
@@ -135,53 +161,51 @@ def save(figure, name):
 
 def curves():
     """The evaluations of every seed, for the three tasks"""
-    figure = Figure(figsize=(8.8, 3.1), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8.8, 3.1), layout="constrained")
     text, scenes, preference = figure.subplots(1, 3)
-    for axes, name, key in (
-            (text, "ocr/default", "eval_accuracy"),
-            (scenes, "geneval/default", "eval_accuracy"),
-            (preference, "pickscore/default", "eval_reward")):
+    for axes, title, label, color, name, key in (
+            (text, "text", "words read without a mistake", TEXT, "ocr/default", "eval_accuracy"),
+            (scenes, "scenes (GenEval)", "images with all as asked", SCENES, "geneval/default",
+             "eval_accuracy"),
+            (preference, "preference", "score of the toy's PickScore", PREFERENCE,
+             "pickscore/default", "eval_reward")):
         all_values = []
         for row in runs(name):
-            epochs, values = zip(*row["curves"][key])
-            axes.plot(epochs, values, ".-", color=SDE, alpha=0.35)
-            all_values.append(values)
-        label = f"mean of {len(all_values)} seeds"
-        axes.plot(epochs, np.mean(all_values, 0), color="black", label=label)
-        axes.legend(fontsize=8, frameon=False, loc="lower right")
+            points = curve(row, key)
+            axes.plot(points.keys(), points.values(), ".-", color=color, alpha=0.5)
+            all_values.append(list(points.values()))
+        epochs = points.keys()  # all seeds were evaluated after the same epochs
+        axes.plot(epochs, np.mean(all_values, 0), "k", label=f"mean of {len(all_values)} seeds")
+        axes.set_title(title)
         axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.legend(loc="lower right")
         axes.grid(alpha=0.3)
-    text.set_title("text", fontsize=9)
-    text.set_ylabel("words read without a mistake", fontsize=9)
     text.set_ylim(0.5, 1)
-    scenes.set_title("scenes (GenEval)", fontsize=9)
-    scenes.set_ylabel("images with all as asked", fontsize=9)
     scenes.set_ylim(0.5, 1)
-    preference.set_title("preference", fontsize=9)
-    preference.set_ylabel("score of the toy's PickScore", fontsize=9)
     save(figure, "curves")
 
 
 def hacking():
     """Preference, trained far too hard with the KL penalty and without it"""
-    figure = Figure(figsize=(8.8, 3.1), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8.8, 3.1), layout="constrained")
     reward, taste, diversity = figure.subplots(1, 3)
-    for axes, key in ((reward, "eval_reward"), (taste, "eval_reward/toy_taste"),
-                      (diversity, "eval_reward/diversity")):
-        for beta, penalty, color in ((0.3, "KL", SDE), (0, "no KL", WRONG)):
+    for axes, title, label, key in (
+            (reward, "trained: the toy's PickScore", "score", "eval_reward"),
+            (taste, "watched: quality", "taste, at most 1", "eval_reward/toy_taste"),
+            (diversity, "watched: diversity in a prompt", "rms difference",
+             "eval_reward/diversity")):
+        for beta, penalty, color in (
+                ("0.3", "beta 0.3", PREFERENCE), ("0", "no KL penalty", WRONG)):
             for row, line in zip(runs(f"hacking/beta{beta}"), (".-", ".--", ".:")):
-                epochs, values = zip(*row["curves"][key])
-                label = f"{penalty}, seed {row['seed']}"
-                axes.plot(epochs, values, line, color=color, label=label)
+                points = curve(row, key)
+                axes.plot(points.keys(), points.values(), line, color=color,
+                          label=f"{penalty}, seed {row['seed']}")
+        axes.set_title(title)
         axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    reward.set_title("trained: the toy's PickScore", fontsize=9)
-    reward.set_ylabel("score", fontsize=9)
-    taste.set_title("watched: quality, the taste behind it", fontsize=9)
-    taste.set_ylabel("taste, at most 1", fontsize=9)
-    taste.legend(fontsize=8, frameon=False, loc="lower left", handlelength=4)
-    diversity.set_title("watched: diversity in a prompt", fontsize=9)
-    diversity.set_ylabel("rms difference", fontsize=9)
+    taste.legend(loc="lower left", handlelength=4)
     save(figure, "hacking")
 
 
@@ -201,16 +225,15 @@ OPTIONS = {
 
 def options():
     """One option changed at a time"""
-    figure = Figure(figsize=(8.8, 3.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8.8, 3.2), layout="constrained")
     axes = figure.subplots()
     for place, setting in enumerate(OPTIONS):
         values = finals(f"words/{setting}", "eval_accuracy")
-        color = ODE if setting == "default" else SDE
+        color = "black" if setting == "default" else TEXT
         places = place + np.linspace(-0.2, 0.2, len(values))  # so that equal dots are seen
         axes.plot(values, places, "o", color=color, alpha=0.7, markersize=5)
         axes.plot(np.mean(values), place, "|", color=color, markersize=16)
-    curve = runs("words/default")[0]["curves"]["eval_accuracy"]
-    _, before = curve[0]
+    before = curve(runs("words/default")[0], "eval_accuracy")[0]
     axes.axvline(before, color="0.6", linestyle=":")
     axes.text(before + 0.003, 0, "before training", fontsize=8, color="0.4", va="center")
     axes.set_yticks(range(len(OPTIONS)), OPTIONS.values(), fontsize=8)
@@ -226,23 +249,25 @@ MEANS = torch.tensor([-1.5, 1.0])
 STDS = torch.tensor([0.2, 0.4])
 
 
-def density(x, t):
-    """Of x at time t, in each mode: x is [N], the result [N, 2]"""
+def densities(x, t):
+    """How much each mode adds to the density of x at time t: x is [N], the result [N, 2]"""
     variance = (1 - t) ** 2 * STDS**2 + t**2
     distance = x[:, None] - (1 - t) * MEANS
     return WEIGHTS * torch.exp(-distance**2 / (2 * variance)) / (2 * math.pi * variance).sqrt()
 
 
 def best_v(x, t):
-    """The mean of noise - data over all that could have led to x"""
+    """The mean of noise - data over all pairs of noise and data that give x at time t"""
     variance = (1 - t) ** 2 * STDS**2 + t**2
-    distance = (x[:, None] - (1 - t) * MEANS) / variance
-    v = t * distance - (MEANS + (1 - t) * STDS**2 * distance)
-    share = density(x, t)
-    return (share * v).sum(1) / share.sum(1)
+    distance = x[:, None] - (1 - t) * MEANS
+    # In each mode, the mean noise and the mean data of these pairs
+    noise = t * distance / variance
+    data = MEANS + (1 - t) * STDS**2 * distance / variance
+    share = densities(x, t)
+    return (share * (noise - data)).sum(1) / share.sum(1)
 
 
-def sample(T, sde, noise_level, drift=True, samples=100_000):
+def sample(T, sde, noise_level, correct_drift=True, samples=100_000):
     """x [samples] at each of T+1 equal times. All steps but the last are SDE steps."""
     times = torch.linspace(1, 0, T + 1)
     torch.manual_seed(0)
@@ -254,7 +279,7 @@ def sample(T, sde, noise_level, drift=True, samples=100_000):
         fresh_noise = torch.randn(x.shape)
         if noise_level == 0 or i == T - 1:
             x = x + v * (step.s - step.t)
-        elif drift:
+        elif correct_drift:
             x, _ = flow_grpo.sde_step(x, v, step, fresh_noise)
         else:  # noise is added, but nothing is taken away for it
             x = x + v * (step.s - step.t) + step.std * fresh_noise
@@ -264,35 +289,37 @@ def sample(T, sde, noise_level, drift=True, samples=100_000):
 
 def width(x):
     """The std within the wider mode, divided by that of the data"""
+    data = STDS[1] * torch.randn(1_000_000) + MEANS[1]
+    # Both are cut off at the same places, between the modes and as far on the other side.
     inside = x[(x > -0.3) & (x < 2.3)]
-    exact = STDS[1] * torch.randn(1_000_000) + MEANS[1]
-    exact = exact[(exact > -0.3) & (exact < 2.3)]
-    return (inside.std() / exact.std()).item()
+    data_inside = data[(data > -0.3) & (data < 2.3)]
+    return (inside.std() / data_inside.std()).item()
 
 
 def marginals():
     """Is x distributed as it should be? At t = 0.5 and in the end, with 40 steps and with 10"""
-    figure = Figure(figsize=(8.8, 4.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8.8, 4.6), layout="constrained")
     plots = figure.subplots(2, 2, sharex=True)
     for T, (half, end) in zip((40, 10), plots):
         for axes, t in ((half, 0.5), (end, 0.0)):
             x = torch.linspace(-3, 6, 450)
-            axes.fill_between(x, density(x, t).sum(1), color="0.85", label="exact")
+            axes.fill_between(x, densities(x, t).sum(1), color="0.85", label="exact")
             axes.set_yticks([])
-        for label, color, options in (
-                ("ODE", ODE, dict(sde="flow", noise_level=0.0)),
-                ("equation 9", SDE, dict(sde="flow", noise_level=0.7)),
-                ("CPS", CPS, dict(sde="cps", noise_level=0.7)),
-                ("drift not corrected", WRONG, dict(sde="flow", noise_level=0.7, drift=False))):
-            path = sample(T, **options)
+        for label, color, path in (
+                ("ODE", ODE, sample(T, "flow", noise_level=0.0)),
+                ("equation 9", SDE, sample(T, "flow", noise_level=0.7)),
+                ("CPS", CPS, sample(T, "cps", noise_level=0.7)),
+                ("drift not corrected", WRONG,
+                 sample(T, "flow", noise_level=0.7, correct_drift=False))):
             outline(half, path[T // 2], color, label)
             outline(end, path[T], color, f"{label}: width {width(path[T]):.2f}")
-        half.set_title(f"{T} steps, half time (t = 0.5)", fontsize=9)
+        half.set_title(f"{T} steps, half time (t = 0.5)")
         half.set_ylabel("density")
-        end.set_title(f"{T} steps, the end (t = 0)", fontsize=9)
-        end.legend(fontsize=7, frameon=False, loc="upper right", handlelength=1)
+        end.set_title(f"{T} steps, the end (t = 0)")
+        end.legend(loc="upper right", handlelength=1)
     for axes in plots[1]:
-        axes.set(xlabel="x", xlim=(-3, 6))
+        axes.set_xlabel("x")
+        axes.set_xlim(-3, 6)
     save(figure, "marginals")
 
 
@@ -303,99 +330,101 @@ def outline(axes, x, color, label):
     axes.plot(middles, counts, color=color, lw=1.2, label=label)
 
 
-GRID = [1, 0.960129, 0.913349, 0.857692, 0.790368, 0.707278, 0.602151, 0.464876, 0.278049,
-        0.00892857, 0]  # of diffusers' FlowMatchEulerDiscreteScheduler with shift 3
-
-
 def last_step():
     """How much noise is in x before each of 10 steps, and how much should be there"""
-    times = torch.tensor(GRID)
-    figure = Figure(figsize=(8.8, 3), dpi=100, layout="constrained")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)  # that of SD3.5
+    scheduler.set_timesteps(10)
+    times = scheduler.sigmas
+    early = noise_before_steps(times, range(3))
+    all_but_the_last = noise_before_steps(times, range(9))
+    figure = Figure(figsize=(8.8, 3), layout="constrained")
     axes = figure.subplots()
-    # Not the last step: at t = 0.009 a network expects little noise, and removes little.
     shown = times[:-1]
-    early = noise_left(times, range(3))
-    all_but_the_last = noise_left(times, range(9))
     axes.plot(shown, shown, "o-", color=ODE, label="as it should be, and with the ODE")
-    axes.plot(shown, early[:-1], "^--", color="0.6", label="only the first 3 steps are random")
-    axes.plot(shown, all_but_the_last[:-1], "s-", color=SDE,
-              label="all steps but the last are random")
+    axes.plot(shown, early, "^--", color="0.6", label="only the first 3 steps are random")
+    axes.plot(shown, all_but_the_last, "s-", color=SDE, label="all steps but the last are random")
     axes.set_xlabel("time t, from noise to image, on SD3.5's grid of 10 steps")
     axes.set_xlim(1.02, -0.02)
     axes.set_ylabel("std of the noise in x")
-    left = all_but_the_last[-2]
+    left = all_but_the_last[-1]
     axes.annotate(f"{left:.2f}, where 0.009 belongs", (0.009, left), (0.21, 0.42), fontsize=9,
                   arrowprops=dict(arrowstyle="->"))
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend()
     save(figure, "last_step")
 
 
-def noise_left(times, window):
-    """The std of the noise in x at each time, if noise_guess is the true noise"""
-    noise = [1.0]
-    for i in range(10):
+def noise_before_steps(times, window):
+    """The std of the noise in x before each of the 10 steps, for a perfect guess of the data
+
+    noise_guess is then the true noise divided by t. Its std is not 1, but `excess`.
+    """
+    stds = [1.0]
+    for i in range(9):
         step = flow_grpo.make_step(times, i, 0.7)
-        share = noise[-1] / step.t.item()  # 1 if there is as much noise as there should be
+        excess = stds[-1] / step.t.item()
         if i in window:
-            noise.append(math.hypot(step.keep.item() * share, step.std.item()))
+            stds.append(math.hypot(step.keep.item() * excess, step.std.item()))
         else:
-            noise.append(step.s.item() * share)
-    return noise
+            stds.append(step.s.item() * excess)
+    return stds
 
 
-def where_noise_decides(prompts=8, size=16):
+def where_noise_decides():
     """How much the rewards of a group differ if only one step is random, at each place in turn, and
     how large the gradient of each step is if all steps but the last are random
     """
-    figure = Figure(figsize=(8.8, 2.9), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8.8, 2.9), layout="constrained")
     text, scenes, gradients = figure.subplots(1, 3)
     for axes, name, title, color in (
             (text, "ocr", "text", TEXT), (scenes, "geneval", "scenes", SCENES)):
-        config = flow_grpo.Config(reward=name, group_size=size)
+        config = flow_grpo.Config(reward=name, groups=8, group_size=16)
         policy = flow_grpo.load_policy(config)
         reward = rewards.load(name, "--reward")
-        rows = rewards.load_prompts(config, "train")[:prompts]
-        texts = [row["prompt"] for row in rows]
-        all_rows = flow_grpo.repeat_each(rows, size)
-        first_seeds = flow_grpo.repeat_each(range(prompts), size)
-        fresh_seeds = range(1000, 1000 + prompts * size)
-
-        def drawn_and_scored(window):
-            drawn = flow_grpo.rollout(policy, config, texts, first_seeds, 10, window, fresh_seeds)
-            scores = rewards.score(reward, drawn.images, all_rows)
-            return drawn, scores["reward"].reshape(prompts, size)
 
         stds = []
         for i in range(9):
-            _, scores = drawn_and_scored(range(i, i + 1))
+            _, scores = draw_groups(policy, config, reward, range(i, i + 1))
             stds.append(scores.std(1))
-        axes.plot(range(9), stds, color=color, alpha=0.25)
-        axes.plot(range(9), np.mean(stds, 1), "o-", color=color)
-        axes.set_title(f"{title}, one step random (thin: a prompt)", fontsize=9)
+        numbers = range(1, 10)
+        axes.plot(numbers, stds, color=color, alpha=0.25)
+        axes.plot(numbers, np.mean(stds, 1), "o-", color=color)
+        axes.set_title(f"{title}, one step random (thin: a prompt)")
         axes.set_xlabel("which of the 10 steps is random")
         axes.set_ylabel("std of the reward in a group")
 
-        drawn, scores = drawn_and_scored(range(9))
+        episodes, scores = draw_groups(policy, config, reward, range(9))
         advantages = flow_grpo.group_advantages(torch.tensor(scores, dtype=torch.float32))
-        norms = gradient_norms(policy, config, drawn, advantages.flatten())
-        gradients.plot(range(9), norms, "o-", color=color, label=title)
-        print(f"{title}: the gradients of the 9 random steps have the norms", norms)
+        norms = gradient_norms(policy, config, episodes, advantages.flatten())
+        gradients.plot(numbers, norms, "o-", color=color, label=title)
+        print(f"{title}: the ninth step's gradient is {norms[8] / norms[0]:.0f} times the first's")
     gradients.set_yscale("log")
-    gradients.set_title("all steps random but the last", fontsize=9)
-    gradients.set_xlabel("which of these steps")
+    gradients.set_title("steps 1 to 9 random")
+    gradients.set_xlabel("step")
     gradients.set_ylabel("norm of its gradient")
-    gradients.legend(fontsize=8, frameon=False)
+    gradients.legend()
     save(figure, "where_noise_decides")
 
 
-def gradient_norms(policy, config, drawn, advantages):
+def draw_groups(policy, config, reward, window):
+    """A group for each of the first training prompts -> the Rollout, scores [groups, group_size]"""
+    rows = rewards.load_prompts(config, "train")[:config.groups]
+    prompts = [row["prompt"] for row in rows]
+    first_seeds = flow_grpo.repeat_each(range(config.groups), config.group_size)
+    fresh_seeds = range(1000, 1000 + config.groups * config.group_size)
+    episodes = flow_grpo.rollout(policy, config, prompts, first_seeds, 10, window, fresh_seeds)
+    all_rows = flow_grpo.repeat_each(rows, config.group_size)
+    scores = rewards.score(reward, episodes.images, all_rows)
+    return episodes, scores["reward"].reshape(config.groups, config.group_size)
+
+
+def gradient_norms(policy, config, episodes, advantages):
     """The norm of the gradient of each SDE step alone, before the first update"""
     images = torch.arange(len(advantages))
     norms = []
-    for k in range(len(drawn.window)):
+    for k in range(len(episodes.window)):
         pairs = torch.stack([images, torch.full_like(images, k)], 1)
         for batch in pairs.split(config.batch_size):
-            policy_loss, _, _ = flow_grpo.losses(policy, config, drawn, advantages, batch)
+            policy_loss, _, _ = flow_grpo.losses(policy, config, episodes, advantages, batch)
             (policy_loss.sum() / len(pairs)).backward()
         gradient = torch.cat([p.grad.flatten() for p in policy.params])
         norms.append(gradient.norm().item())
@@ -405,10 +434,10 @@ def gradient_norms(policy, config, drawn, advantages):
 
 def pictures():
     """Of the first seed of scenes, and the film of the README"""
-    run = RESULTS.parent / "runs/geneval-default-seed7101/before_after.png"
-    if run.exists():
-        Image.open(run).convert("RGB").save(FIGURES / "before_after_geneval.png")
-    film = RESULTS.parent / "runs/ocr-film-seed0"
+    before_after = RUNS / "geneval-default-seed7101/before_after.png"
+    if before_after.exists():
+        Image.open(before_after).convert("RGB").save(FIGURES / "before_after_geneval.png")
+    film = RUNS / "ocr-film-seed0"
     frames = []
     for after in sorted(film.glob("samples/[0-9]*")):
         flow_grpo.draw_before_after(film / "samples/0000", after, film)
@@ -418,14 +447,16 @@ def pictures():
         strip = np.concatenate([np.asarray(frame) for frame in frames])
         palette = Image.fromarray(strip).quantize(256)
         frames = [frame.quantize(palette=palette) for frame in frames]
-        seconds = [1] * (len(frames) - 1) + [3]
+        milliseconds = [1000] * (len(frames) - 1) + [3000]
         frames[0].save(FIGURES / "film.gif", save_all=True, append_images=frames[1:], loop=0,
-                       duration=[1000 * second for second in seconds])
+                       duration=milliseconds)
 
+
+ALL = [results_table, denoising_table, quality_table, numbers, curves, hacking, options, marginals,
+       last_step, where_noise_decides, pictures]
 
 if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
-    for draw in (tables, curves, hacking, options, marginals, last_step, where_noise_decides,
-                 pictures):
-        if len(sys.argv) == 1 or draw.__name__ in sys.argv[1:]:
-            draw()
+    functions = {function.__name__: function for function in ALL}
+    for name in sys.argv[1:] or functions:
+        functions[name]()

@@ -8,6 +8,7 @@ the images mean nothing. For each preset, one batch goes through sampling, decod
 An epoch is extrapolated from that. FILE gets a line of JSON for each preset.
 """
 import json
+import random
 import sys
 import time
 from dataclasses import replace
@@ -24,6 +25,7 @@ sys.path.insert(0, str(TOP))
 import flow_grpo  # noqa: E402
 from toy import tiny  # noqa: E402
 
+# The classes of the real networks, and their configurations
 REAL = json.loads((TOP / "toy/golden.json").read_text())["networks"]
 GPU = torch.device("cuda")
 
@@ -47,13 +49,17 @@ def clip_config(width, layers, heads, projection):
 def pipeline(preset):
     """The pipeline of a preset, as large as the real one"""
     real = REAL[preset.removesuffix("-fast")]
+    network_class = getattr(diffusers, real["class"])
+    # Those of the tests, because the real tokenizers would have to be downloaded
     _, _, _, t5_tokenizer = tiny.text_encoders(32)
     tokenizer = tiny.clip_tokenizer(77)
-    clip_l = clip_config(768, 12, 12, 768)
+    clip_l = clip_config(width=768, layers=12, heads=12, projection=768)
+    clip_g = clip_config(width=1280, layers=32, heads=20, projection=1280)
     t5 = on_gpu(lambda: T5EncoderModel(T5Config(
         d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128,
         feed_forward_proj="gated-gelu")))
-    network = on_gpu(lambda: getattr(diffusers, real["class"])(**real["config"]))
+    network = on_gpu(lambda: network_class(**real["config"]))
+    # In float32, as load_policy has it
     vae = diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=16,
@@ -68,7 +74,7 @@ def pipeline(preset):
         vae=vae, transformer=network, scheduler=scheduler(shift=3.0), tokenizer=tokenizer,
         tokenizer_2=tokenizer, tokenizer_3=t5_tokenizer, text_encoder_3=t5,
         text_encoder=on_gpu(lambda: CLIPTextModelWithProjection(clip_l)),
-        text_encoder_2=on_gpu(lambda: CLIPTextModelWithProjection(clip_config(1280, 32, 20, 1280))))
+        text_encoder_2=on_gpu(lambda: CLIPTextModelWithProjection(clip_g)))
 
 
 def timed(function, *args):
@@ -81,44 +87,39 @@ def timed(function, *args):
     return result, time.time() - start, torch.cuda.max_memory_allocated() / 1e9
 
 
-def toggle(policy):
-    with policy.reference():
-        pass
-
-
-def measure(preset, batch_size=None):
-    config = flow_grpo.Config(**flow_grpo.PRESETS[preset])
-    size = int(batch_size or config.batch_size)
+def measure(preset, batch_size):
+    preset_config = flow_grpo.Config(**flow_grpo.PRESETS[preset])
+    size = preset_config.batch_size
+    if batch_size:
+        size = int(batch_size)
     # One batch of images, all of which go into one update, at as many SDE steps as in the preset
-    config = replace(config, groups=1, group_size=size, updates=1, batch_size=size)
+    config = replace(preset_config, groups=1, group_size=size, updates=1, batch_size=size)
     policy_class = flow_grpo.FluxPolicy if preset == "flux.1-dev" else flow_grpo.Policy
     policy = policy_class(pipeline(preset), config)
     prompts = ["a shop with a large sign over its door that says \"FLOW\""]
-    window = flow_grpo.choose_window(config, flow_grpo.random.Random(0))
+    window = flow_grpo.choose_window(config, random.Random(0))
     seeds = list(range(size))
     row = {"preset": preset, "card": torch.cuda.get_device_name(), "batch_size": size,
            "torch": torch.__version__}
 
     condition, row["encode_seconds"], row["encode_gb"] = timed(policy.encode, prompts)
-    policy.encode = lambda prompts: condition  # so that it is not timed again
+    policy.encode = lambda prompts: condition  # the rollouts below would encode again
     advantages = torch.linspace(-1, 1, size)
     drawn = flow_grpo.rollout(policy, config, prompts, seeds, 2, range(1), seeds)  # to warm up
     flow_grpo.update(policy, config, drawn, advantages)
     drawn, seconds, row["sample_gb"] = timed(
         flow_grpo.rollout, policy, config, prompts, seeds, config.train_steps, window, seeds)
     _, row["decode_seconds"], _ = timed(policy.decode, drawn.latents[:, -1])
-    row["sample_seconds"] = seconds - row["decode_seconds"]
+    row["sample_seconds"] = seconds - row["decode_seconds"]  # a rollout also decodes
     metrics, row["update_seconds"], row["update_gb"] = timed(
         flow_grpo.update, policy, config, drawn, advantages)
-    row["ratio_off_by"] = float(metrics["ratio_deviation"])  # of the first update: must be 0
-    _, row["toggle_seconds"], _ = timed(toggle, policy)
+    row["ratio_off_by"] = float(metrics["ratio_deviation"])  # nothing changed since the rollout: must be 0
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         policy.velocity(drawn.latents[:, 0], drawn.times[:1], drawn.condition)
     flops = counter.get_total_flops() * config.train_steps
     row["sample_tflops_a_second"] = flops / row["sample_seconds"] / 1e12
-    full = flow_grpo.Config(**flow_grpo.PRESETS[preset])
-    images = full.groups * full.group_size
+    images = preset_config.groups * preset_config.group_size
     one_batch = row["sample_seconds"] + row["decode_seconds"] + row["update_seconds"]
     row["epoch_minutes"] = (row["encode_seconds"] + images / size * one_batch) / 60
     row["images_an_epoch"] = images
@@ -128,9 +129,12 @@ def measure(preset, batch_size=None):
 
 def main(file, *presets):
     for preset in presets:
-        row = measure(*preset.split(":"))
-        line = json.dumps({key: float(f"{value:.3g}") if isinstance(value, float) else value
-                           for key, value in row.items()})
+        preset, _, batch_size = preset.partition(":")
+        row = measure(preset, batch_size)
+        for key, value in row.items():
+            if isinstance(value, float):
+                row[key] = float(f"{value:.3g}")
+        line = json.dumps(row)
         print(line, flush=True)
         with open(file, "a") as rows:
             rows.write(line + "\n")

@@ -1,4 +1,4 @@
-"""flow_grpo.py with the loss of each SDE step multiplied by its std^2
+"""flow_grpo.py with the loss of each SDE step multiplied by its std^2 (scaled to 1 on average)
 
   python results/weighted_steps.py OPTIONS
 
@@ -15,14 +15,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import flow_grpo  # noqa: E402
 
-losses = flow_grpo.losses
+unweighted_losses = flow_grpo.losses
 
 
 def weighted_losses(policy, config, episodes, advantages, batch):
-    policy_loss, kl, ratio = losses(policy, config, episodes, advantages, batch)
+    policy_loss, kl, ratio = unweighted_losses(policy, config, episodes, advantages, batch)
     all_steps = torch.tensor(episodes.window)
     std = flow_grpo.make_step(episodes.times, all_steps, config.noise_level, config.sde).std
-    weights = (std**2 / (std**2).mean()).flatten()  # 1 on average
+    weights = (std**2 / (std**2).mean()).flatten()  # [K], from [K, 1, 1, 1]
     k = batch[:, 1]
     return policy_loss * weights[k], kl, ratio
 
