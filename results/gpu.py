@@ -113,7 +113,8 @@ def measure(preset, batch_size):
     row["sample_seconds"] = seconds - row["decode_seconds"]  # a rollout also decodes
     metrics, row["update_seconds"], row["update_gb"] = timed(
         flow_grpo.update, policy, config, drawn, advantages)
-    row["ratio_off_by"] = float(metrics["ratio_deviation"])  # nothing changed since the rollout: must be 0
+    # Nothing changed since the rollout, so it must be 0.
+    row["ratio_off_by"] = float(metrics["ratio_deviation"])
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         policy.velocity(drawn.latents[:, 0], drawn.times[:1], drawn.condition)
