@@ -92,7 +92,7 @@ def results_table():
 
 
 def denoising_table():
-    header = ["steps in training", "random steps", "words read", "seconds of an epoch"]
+    header = ["steps in training", "random steps", "epochs", "words read", "seconds of an epoch"]
     rows = []
     for steps, random_steps, words, seconds in (
             (40, "4", "words/T40", "time/T40"),
@@ -103,8 +103,9 @@ def denoising_table():
             (40, "all but the last, weighted", "weighted/T40", "time/noisy-T40"),
             (10, "all but the last, weighted", "weighted/T10", "time/noisy-T10")):
         read = finals(words, "eval_accuracy")
+        epochs = max(curve(runs(words)[0], "eval_accuracy"))
         first_epoch = curve(runs(seconds)[0], "seconds")[1]  # without an evaluation
-        rows.append([steps, random_steps, spread(read), f"{first_epoch:.1f}"])
+        rows.append([steps, random_steps, epochs, spread(read), f"{first_epoch:.1f}"])
     write_table("denoising", header, rows)
 
 
@@ -192,20 +193,20 @@ def hacking():
     reward, taste, diversity = figure.subplots(1, 3)
     for axes, title, label, key in (
             (reward, "trained: the toy's PickScore", "score", "eval_reward"),
-            (taste, "watched: quality", "taste, at most 1", "eval_reward/toy_taste"),
+            (taste, "watched: quality", "quality, at most 1", "eval_reward/toy_taste"),
             (diversity, "watched: diversity in a prompt", "rms difference",
              "eval_reward/diversity")):
         for beta, penalty, color in (
-                ("0.3", "beta 0.3", PREFERENCE), ("0", "no KL penalty", WRONG)):
-            for row, line in zip(runs(f"hacking/beta{beta}"), (".-", ".--", ".:")):
+                ("0.3", "with a beta of 0.3", PREFERENCE), ("0", "without the penalty", WRONG)):
+            for row in runs(f"hacking/beta{beta}"):
                 points = curve(row, key)
-                axes.plot(points.keys(), points.values(), line, color=color,
-                          label=f"{penalty}, seed {row['seed']}")
+                line, = axes.plot(points.keys(), points.values(), ".-", color=color)
+            line.set_label(penalty)  # of the last seed
         axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    taste.legend(loc="lower left", handlelength=4)
+    taste.legend(loc="lower left")
     save(figure, "hacking")
 
 
@@ -213,7 +214,7 @@ OPTIONS = {
     "default": "the default",
     "noise0.4": "noise_level 0.4 instead of 0.7",
     "noise0.1": "noise_level 0.1",
-    "start0-3": "a random step drawn anew each epoch, of 0 to 3",
+    "start0-3": "another random step in each epoch, of the first 4",
     "different-noise": "no first noise shared by a group",
     "groups4x32": "4 groups of 32 instead of 16 of 8",
     "std-group": "advantages divided by the std of the group",
@@ -297,29 +298,33 @@ def width(x):
 
 
 def marginals():
-    """Is x distributed as it should be? At t = 0.5 and in the end, with 40 steps and with 10"""
-    figure = Figure(figsize=(8.8, 4.6), layout="constrained")
-    plots = figure.subplots(2, 2, sharex=True)
-    for T, (half, end) in zip((40, 10), plots):
-        for axes, t in ((half, 0.5), (end, 0.0)):
-            x = torch.linspace(-3, 6, 450)
-            axes.fill_between(x, densities(x, t).sum(1), color="0.85", label="exact")
-            axes.set_yticks([])
+    """Is x distributed as it should be? At half time and in the end, with 40 steps and with 10"""
+    figure = Figure(figsize=(8.8, 3.4), layout="constrained")
+    half, end_of_40, end_of_10 = figure.subplots(1, 3)
+    for axes, T, t, title in (
+            (half, 40, 0.5, "40 steps, half time (t = 0.5)"),
+            (end_of_40, 40, 0.0, "40 steps, the end (t = 0)"),
+            (end_of_10, 10, 0.0, "10 steps, the end (t = 0)")):
+        x = torch.linspace(-3, 6, 450)
+        axes.fill_between(x, densities(x, t).sum(1), color="0.85", label="exact")
         for label, color, path in (
                 ("ODE", ODE, sample(T, "flow", noise_level=0.0)),
                 ("equation 9", SDE, sample(T, "flow", noise_level=0.7)),
                 ("CPS", CPS, sample(T, "cps", noise_level=0.7)),
                 ("drift not corrected", WRONG,
                  sample(T, "flow", noise_level=0.7, correct_drift=False))):
-            outline(half, path[T // 2], color, label)
-            outline(end, path[T], color, f"{label}: width {width(path[T]):.2f}")
-        half.set_title(f"{T} steps, half time (t = 0.5)")
-        half.set_ylabel("density")
-        end.set_title(f"{T} steps, the end (t = 0)")
-        end.legend(loc="upper right", handlelength=1)
-    for axes in plots[1]:
+            at_t = path[round((1 - t) * T)]
+            if t == 0:
+                label = f"{label}: width {width(at_t):.2f}"
+            outline(axes, at_t, color, label)
+        axes.set_title(title)
         axes.set_xlabel("x")
-        axes.set_xlim(-3, 6)
+        axes.set_xlim(-3, 4.5)
+        axes.set_yticks([])
+        axes.margins(y=0.6)  # room for the legend
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper right", handlelength=1)
+    half.set_ylabel("density")
     save(figure, "marginals")
 
 
@@ -373,10 +378,9 @@ def where_noise_decides():
     """How much the rewards of a group differ if only one step is random, at each place in turn, and
     how large the gradient of each step is if all steps but the last are random
     """
-    figure = Figure(figsize=(8.8, 2.9), layout="constrained")
-    text, scenes, gradients = figure.subplots(1, 3)
-    for axes, name, title, color in (
-            (text, "ocr", "text", TEXT), (scenes, "geneval", "scenes", SCENES)):
+    figure = Figure(figsize=(8.8, 3), layout="constrained")
+    differences, gradients = figure.subplots(1, 2)
+    for name, title, color in (("ocr", "text", TEXT), ("geneval", "scenes", SCENES)):
         config = flow_grpo.Config(reward=name, groups=8, group_size=16)
         policy = flow_grpo.load_policy(config)
         reward = rewards.load(name, "--reward")
@@ -385,22 +389,22 @@ def where_noise_decides():
         for i in range(9):
             _, scores = draw_groups(policy, config, reward, range(i, i + 1))
             stds.append(scores.std(1))
-        numbers = range(1, 10)
-        axes.plot(numbers, stds, color=color, alpha=0.25)
-        axes.plot(numbers, np.mean(stds, 1), "o-", color=color)
-        axes.set_title(f"{title}, one step random (thin: a prompt)")
-        axes.set_xlabel("which of the 10 steps is random")
-        axes.set_ylabel("std of the reward in a group")
+        step_numbers = range(1, 10)
+        differences.plot(step_numbers, np.mean(stds, 1), "o-", color=color, label=title)
 
         episodes, scores = draw_groups(policy, config, reward, range(9))
         advantages = flow_grpo.group_advantages(torch.tensor(scores, dtype=torch.float32))
         norms = gradient_norms(policy, config, episodes, advantages.flatten())
-        gradients.plot(numbers, norms, "o-", color=color, label=title)
+        gradients.plot(step_numbers, norms, "o-", color=color, label=title)
         print(f"{title}: the ninth step's gradient is {norms[8] / norms[0]:.0f} times the first's")
-    gradients.set_yscale("log")
-    gradients.set_title("steps 1 to 9 random")
+    differences.set_title("Which step decides the reward? (Only this one is random.)")
+    differences.set_xlabel("which of the 10 steps is random")
+    differences.set_ylabel("std of the reward in a group")
+    differences.legend()
+    gradients.set_title("Which step has the largest gradient? (1 to 9 are random.)")
     gradients.set_xlabel("step")
     gradients.set_ylabel("norm of its gradient")
+    gradients.set_yscale("log")
     gradients.legend()
     save(figure, "where_noise_decides")
 
