@@ -583,7 +583,7 @@ def train(config):
         f"{WORLD.num_processes} x {WORLD.device.type}. After a stop: --resume {folder}")
 
     is_finished = len(history) > config.epochs  # history also has epoch 0
-    if is_finished:  # only evaluate once more, for example on all prompts (--eval_prompts 0)
+    if is_finished:  # only evaluate once more, for example with other options
         metrics = evaluate(policy, config, eval_rewards, test_set, folder / "samples/again")
         say(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     for epoch in progress(range(len(history), config.epochs + 1), "epochs"):
@@ -981,7 +981,7 @@ class Config:
     lora_rank: int = 32  # alpha is twice the rank
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0: no average
     batch_size: int = 64  # images in one pass of the network: more are faster and take more memory
-    eval_prompts: int = 60  # evaluate on this many prompts, from the start of the file. 0: on all
+    eval_prompts: int = 0  # evaluate on the first so many test prompts. 0: on all
     eval_per_prompt: int = 2  # images of each of them
 
 
@@ -1080,6 +1080,7 @@ PRESETS = {
         learning_rate=1.5e-3,
         lr_decay=False,
         beta=0.1,
+        eval_prompts=60,  # of 144, to save time
     ),
     "toy_pickscore": dict(
         reward="toy_pickscore",
@@ -1090,6 +1091,7 @@ PRESETS = {
         window=2,
         learning_rate=2e-3,
         beta=0.1,
+        eval_prompts=60,
     ),
 }
 

@@ -1520,7 +1520,7 @@ VALUES = {
         seed=0, epochs=6, eval_every=6, groups=16, group_size=8, train_steps=10, eval_steps=40,
         noise_level=0.7, sde="flow", window=1, latest_start=0, same_noise=True, guidance=1,
         updates=2, learning_rate=3e-3, lr_decay=True, adam_eps=1e-8, clip_range=1e-3, beta=0.5,
-        std_over="epoch", lora_rank=32, ema_decay=0.9, batch_size=64, eval_prompts=60,
+        std_over="epoch", lora_rank=32, ema_decay=0.9, batch_size=64, eval_prompts=0,
         eval_per_prompt=2, report_to="", name="", resume="")}
 VALUES["sd3.5-medium"] = VALUES[""] | dict(
     model="stabilityai/stable-diffusion-3.5-medium", resolution=512, max_sequence_length=128,
@@ -1541,10 +1541,10 @@ VALUES["flux.1-dev"] = VALUES["sd3.5-medium"] | dict(
     batch_size=4, gradient_checkpointing=True)
 VALUES["geneval"] = VALUES[""] | dict(
     reward="geneval", group_size=16, epochs=36, eval_every=12, window=2, learning_rate=1.5e-3,
-    lr_decay=False, beta=0.1)
+    lr_decay=False, beta=0.1, eval_prompts=60)
 VALUES["toy_pickscore"] = VALUES[""] | dict(
     reward="toy_pickscore", groups=8, group_size=16, epochs=24, eval_every=12, window=2,
-    learning_rate=2e-3, beta=0.1)
+    learning_rate=2e-3, beta=0.1, eval_prompts=60)
 
 
 @pytest.fixture
