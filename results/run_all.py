@@ -144,8 +144,9 @@ def run(name, options, seed, file, threads):
     """One run, and its row in the file"""
     run_name = f"{name}-seed{seed}".replace("/", "-")
     folder = f"runs/{file.stem}/{run_name}"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=TOP,
-                            text=True, capture_output=True).stdout.strip()
+    commit = git("rev-parse", "--short", "HEAD")
+    if git("status", "--porcelain", "--", "*.py", "toy"):
+        commit += "-changed"
     script = "results/weighted_steps.py" if name.startswith("weighted/") else "flow_grpo.py"
     command = f"{script} {options} --seed {seed}"
     start = time.time()
@@ -171,6 +172,11 @@ def run(name, options, seed, file, threads):
     with open(file, "a", encoding="utf-8") as rows:
         rows.write(json.dumps(row) + "\n")
     print(f"{row['run']}: {seconds} s", flush=True)
+
+
+def git(*arguments):
+    result = subprocess.run(["git", *arguments], cwd=TOP, text=True, capture_output=True)
+    return result.stdout.strip()
 
 
 def machine():
