@@ -567,7 +567,8 @@ def train(config):
 
     policy = load_policy(config)
     all_prompts = [row["prompt"] for row in train_set + test_set]
-    for warning in rewards.warnings(policy.tokenizer, config.max_sequence_length, all_prompts):
+    max_tokens = config.max_sequence_length
+    for warning in rewards.prompt_warnings(policy.tokenizer, max_tokens, all_prompts):
         say(warning)
 
     folder = claim_folder(config)

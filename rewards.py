@@ -4,9 +4,9 @@
 
 metadata are the rows of the dataset, which contain the prompts. `--reward` takes a name from
 REWARDS below, your own "file.py:function", or a weighted sum of these, "ocr:1,pickscore:0.5". Your
-own function is called as it is. A name stands for a function that loads a model and returns the
-reward, so only what is asked for gets loaded. "The paper" is Flow-GRPO (arXiv 2505.05470),
-"official" means github.com/yifan123/flow_grpo.
+own function is the reward. The functions in REWARDS load what a reward needs, such as a model, and
+return the reward, so only what is asked for gets loaded. "The paper" is Flow-GRPO (arXiv
+2505.05470), "official" means github.com/yifan123/flow_grpo.
 
 A reward may have an attribute `check` (`ocr` sets one), a function of all prompts and metadata. It
 is called before training and raises RewardError for a prompt that the reward cannot judge. Scores
@@ -29,6 +29,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 
+# The GPU of this process, if there is one
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or "cpu"
 CLIP = "openai/clip-vit-large-patch14"
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
@@ -42,21 +43,26 @@ class RewardError(ValueError):
 def ocr():
     """How much of the text in double quotes can be read: max(1 - N_e / N_ref, 0) (section 5.1).
 
-    N_e is the edit distance from what is read to the N_ref letters that were asked for.
+    N_e is the edit distance from what is read to the N_ref characters that were asked for.
     Engine: PaddleOCR's PP-OCRv6 (small) on onnxruntime, inside the `rapidocr` package.
     """
     import onnxruntime
     from rapidfuzz.distance import Levenshtein
     from rapidocr import RapidOCR
     onnxruntime.disable_telemetry_events()
-    # Many engines with one thread each are faster than one with many. The last three options stop
-    # rapidocr from enlarging small images and padding short lines, which is slow and does not help.
+    # Many engines with one thread each are faster than one with many.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
     threads = max(1, cores // processes)
-    options = {"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-               "Det.limit_type": "max", "Det.limit_side_len": 960,
-               "Rec.rec_img_shape": [3, 48, 160]}
+    options = {
+        "Global.log_level": "critical",
+        "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+        # Small images are not enlarged, and short lines are not padded. Both would be slow, and
+        # would not help.
+        "Det.limit_type": "max",
+        "Det.limit_side_len": 960,
+        "Rec.rec_img_shape": [3, 48, 160],
+    }
     engines = [RapidOCR(params=options) for _ in range(threads)]
 
     def rate(image, prompt):
@@ -87,7 +93,7 @@ def quoted(prompt):
     if len(parts) < 3 or not parts[1].strip():
         raise RewardError(f"the prompt {prompt!r} has no text in double quotes, "
                           'such as: a sign that says "HELLO"')
-    if len(parts) % 2 == 0 or '\\"' in prompt:
+    if prompt.count('"') % 2 == 1 or '\\"' in prompt:
         raise RewardError(f"the prompt {prompt!r} has an odd number of double quotes, or a "
                           "backslash before one, so its text is not clear")
     return parts[1]
@@ -115,11 +121,15 @@ def without_spaces(text):
 
 
 def plain(text):
-    """Gives characters that look alike one form: full-width letters, ligatures, curly quotes, and
-    accents that are characters of their own
+    """Gives characters that look alike one form: full-width letters, ligatures, combining accents
+    (e + \u0301 becomes \u00e9) and curly quotes
     """
-    straight = str.maketrans("\u2018\u2019\u201b\u201c\u201d\u201f", "'''\"\"\"")
-    return unicodedata.normalize("NFKC", text).translate(straight)
+    text = unicodedata.normalize("NFKC", text)
+    for quote in "\u2018\u2019\u201b":
+        text = text.replace(quote, "'")
+    for quote in "\u201c\u201d\u201f":
+        text = text.replace(quote, '"')
+    return text
 
 
 # ----------------------------------------------------------------------------- composition: GenEval
@@ -127,12 +137,12 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 
 def geneval_score(found, row):
-    """The paper's rule-based reward (section 5.1): the mean of all terms, 1 when all is as asked.
+    """The paper's rule-based reward (section 5.1). It is 1 if all is as asked.
 
     found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata. Each
-    entry of its "include" gives up to three terms:
+    entry of its "include" gives up to three terms, and the score is the mean of all:
 
-      count  1 - |N_found - N_asked| / N_asked, which is below 0 for more than twice as many
+      count  1 - |N_found - N_asked| / N_asked, negative if more than twice as many are found
       color  the same for the objects of this color, but 0 if the count is wrong
       place  1 if it is right, and 0 if not, or if the count or color is wrong. (No official row
              asks for a color and a place.)
@@ -140,7 +150,9 @@ def geneval_score(found, row):
     As an exact count is asked for, the "exclude" of GenEval's counting prompts is not needed.
     """
     terms = []
-    references = []  # for each entry, the objects found for it, or [] if anything of it is wrong
+    # For each entry, the objects found for it, or [] if anything of it is wrong. Then every place
+    # relative to them is wrong, too. (PAPER/CODE: so it is in the code, the paper does not say.)
+    references = []
     for asked in row["include"]:
         objects = [thing for thing in found if thing["class"] == asked["class"]]
         terms.append(count_term(objects, asked["count"]))
@@ -155,11 +167,9 @@ def geneval_score(found, row):
         if asked.get("position"):
             # PAPER/CODE: after a wrong place the official code adds another term of 1, so two
             # objects in a wrong place score 0.75 instead of 2/3. We follow the paper.
-            relation, index = asked["position"]
+            relation, index = asked["position"]  # ["left of", 0]: of the objects of the first entry
             is_right = is_right and all_are(relation, objects, references[index])
             terms.append(float(is_right))
-        # PAPER/CODE: If these objects are wrong, so is every place that is given relative to them.
-        # This is from the official code, the paper does not say.
         if is_right:
             references.append(objects)
         else:
@@ -184,8 +194,8 @@ def relations(box, reference):
     """Where a box lies, seen from another: a set of RELATIONS (GenEval's rule, arXiv 2310.11513).
 
     The offset of the two centers is shortened, in x by a tenth of the sum of both widths, in y by a
-    tenth of both heights. A relation holds if more than half of the distance of the centers is left
-    in its direction. Boxes are (left, top, right, bottom) in pixels.
+    tenth of both heights. A relation holds if the shortened offset in its direction is more than
+    half of the distance of the centers. Boxes are (left, top, right, bottom) in pixels.
     """
     left, top, right, bottom = box
     ref_left, ref_top, ref_right, ref_bottom = reference
@@ -243,7 +253,7 @@ def check_metadata(prompts, metadata, classes, colors):
 
 
 def scene_reward(judge, classes, colors):
-    """Makes a reward, with its check, of judge(image, row), which scores one image."""
+    """Turns judge(image, row), which scores one image, into a reward with a check."""
     def reward(images, prompts, metadata):
         check_metadata(prompts, metadata, classes, colors)
         return [judge(image, row) for image, row in zip(images, metadata)]
@@ -271,18 +281,18 @@ teddy_bear hair_drier toothbrush""".split()]
 DETECTOR_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 
 
-def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name=CLIP):
+def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", clip=CLIP):
     """GenEval's six tasks in photographs, without mmdet or a reward server.
 
     Models: Mask2Former Swin-S, trained on COCO (0.3 GB), and CLIP ViT-L/14 (1.7 GB) for colors.
     As in the original evaluator (arXiv 2310.11513): confidence above 0.3, or 0.9 when counting; at
-    most 16 objects of a class; the shorter side of an image is enlarged to 800 pixels; CLIP sees
+    most 16 objects of a class; the shorter side of an image is resized to 800 pixels; CLIP sees
     only the object, cut out on gray, to name its color. But the weights are the hub's copy of
     Mask2Former and OpenAI's of CLIP, not mmdet's and open_clip's. And images are not compressed to
     JPEG, as they are in the official training.
     """
     detect = load_detector(detector)
-    _, embed_images, embed_texts = load_clip(name, name)
+    _, embed_images, embed_texts = load_clip(clip, clip)
 
     def judge(image, row):
         threshold = 0.9 if row.get("tag") == "counting" else 0.3
@@ -296,7 +306,7 @@ def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", name
 
 
 def load_detector(name):
-    """-> a function of image and threshold that gives [{"class", "box", "mask"}]"""
+    """-> a function of image and threshold that gives [{"class", "confidence", "box", "mask"}]"""
     from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
     model = Mask2FormerForUniversalSegmentation.from_pretrained(name).to(DEVICE)
     processor = AutoImageProcessor.from_pretrained(name)
@@ -308,17 +318,17 @@ def load_detector(name):
     def detect(image, threshold):
         inputs = processor(images=image.convert("RGB"), size=DETECTOR_SIZE, return_tensors="pt")
         outputs = model(**inputs.to(DEVICE))
-        result, = processor.post_process_instance_segmentation(
+        results = processor.post_process_instance_segmentation(
             outputs, threshold=threshold, target_sizes=[(image.height, image.width)],
             return_binary_maps=True)
+        result = results[0]  # of the only image
         things = []
         for segment, mask in zip(result["segments_info"], result["segmentation"]):
             mask = Image.fromarray(mask.cpu().numpy() > 0)
-            if mask.getbbox():  # it is None if the mask is empty
+            box = mask.getbbox()
+            if box is not None:  # it is None if the mask is empty
                 things.append({"class": PHOTO_CLASSES[segment["label_id"]],
-                               "confidence": segment["score"],
-                               "box": mask.getbbox(),
-                               "mask": mask})
+                               "confidence": segment["score"], "box": box, "mask": mask})
         things.sort(key=lambda thing: thing["confidence"], reverse=True)
         found = []
         counts = dict.fromkeys(PHOTO_CLASSES, 0)
@@ -333,7 +343,8 @@ def load_detector(name):
 def name_color(embed_images, embed_texts, image, thing):
     """The one of PHOTO_COLORS that CLIP sees in an object."""
     gray = Image.new("RGB", image.size, "#999999")  # as in GenEval
-    alone = Image.composite(image.convert("RGB"), gray, thing["mask"]).crop(thing["box"])
+    cut_out = Image.composite(image.convert("RGB"), gray, thing["mask"])
+    alone = cut_out.crop(thing["box"])
     kind = thing["class"]
     phrases = []
     for color in PHOTO_COLORS:
@@ -351,14 +362,13 @@ def name_color(embed_images, embed_texts, image, thing):
 # ------------------------------------------------------------------------- preference and alignment
 def pickscore(name="yuvalkirstain/PickScore_v1",
               processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", scale=1 / 26):
-    """Human preference: logit_scale x the cosine of image and prompt.
+    """Human preference: logit_scale x the cosine of image and prompt, divided by 26.
 
     Model: PickScore_v1, a CLIP ViT-H/14 (arXiv 2305.01569, 3.9 GB). The official training divides
-    by 26, the paper's tables do not (SD3.5-Medium: 21.72): that is `pickscore_unscaled`.
+    by 26, too. The paper's tables do not (SD3.5-Medium: 21.72), nor does `pickscore_unscaled`.
     """
     model, embed_images, embed_texts = load_clip(name, processor)
-    scale = scale * model.logit_scale.exp().item()
-    return cosine_reward(embed_images, embed_texts, scale)
+    return cosine_reward(embed_images, embed_texts, scale * model.logit_scale.exp().item())
 
 
 def clipscore(name=CLIP):
@@ -433,7 +443,8 @@ def unit_length(embeds):
 # ---------------------------------------------------------------------------------------- diversity
 def diversity():
     """The mean distance of an image to the others of its prompt, 0 if it is the only one. The
-    distance of two images is the root mean square difference of their pixels, from 0 to 1.
+    distance of two images is the root mean square difference of their pixels, from 0 to 1. Only the
+    images of one process are compared.
     """
     def reward(images, prompts, metadata):
         pixels = [np.asarray(image, float) / 255 for image in images]
@@ -461,7 +472,7 @@ REWARDS = {
     "pickscore_unscaled": partial(pickscore, scale=1),
     "clipscore": clipscore,
     "aesthetic": aesthetic,
-    "toy_pickscore": partial(pickscore, f"{TOY}/pickscore", f"{TOY}/pickscore"),
+    "toy_pickscore": partial(pickscore, name=f"{TOY}/pickscore", processor=f"{TOY}/pickscore"),
     "toy_taste": partial(toy, "toy_taste"),
     "toy_sign": partial(toy, "toy_sign"),
     "toy_inks": partial(toy, "toy_inks"),
@@ -526,7 +537,7 @@ def read_row(line, where):
     return row
 
 
-def warnings(tokenizer, max_tokens, prompts):
+def prompt_warnings(tokenizer, max_tokens, prompts):
     """Sentences about prompts that the model does not fully see: too long, or with unknown words"""
     long = []
     unknown = []
@@ -554,7 +565,7 @@ def parse(spec, option):
             continue
         name = term
         weight = 1.0
-        before, _, after = term.rpartition(":")  # at the last colon
+        before, _, after = term.rpartition(":")
         if before and is_number(after):
             name = before
             weight = float(after)
@@ -596,7 +607,7 @@ def load(spec, option):
 
 
 def import_function(name, option):
-    """The function that file.py:function names"""
+    """file.py:function -> the function. The file is run."""
     file, _, function = name.rpartition(":")
     path = os.path.abspath(file)
     if not (os.path.isfile(path) and path.endswith(".py")):
@@ -613,7 +624,9 @@ def import_function(name, option):
 
 
 def check(loaded, rows):
-    """Fail now rather than late: check all prompts, and score two black images as a trial."""
+    """Fail now rather than late: check all prompts, and score two black images as a trial, because
+    some mistakes need more than one image.
+    """
     for name, (reward, _) in loaded.items():
         if hasattr(reward, "check"):
             try:
@@ -625,7 +638,7 @@ def check(loaded, rows):
 
 @torch.no_grad()
 def score(loaded, images, rows):
-    """The scores of all processes' images: {"reward/ocr": [B], ..., "reward": the weighted sum}
+    """The scores of the N images of all processes: {"reward/ocr": [N], ..., "reward": weighted sum}
 
     images and rows are those of this process. The scores come in the order of the processes.
     """
@@ -642,11 +655,13 @@ def score(loaded, images, rows):
 
 
 def accuracy(scores, rows):
-    """The share of images with a score of 1, of all and of each tag, if the first reward is OCR or
-    GenEval. GenEval's own accuracy accepts extra objects except when counting, ours does not. The
-    tag of its rows is the task.
+    """The share of images with a score of exactly 1, if the first reward is OCR or GenEval
+
+    There is one share of all, and one for each tag. In GenEval the tag is the task. GenEval's own
+    accuracy accepts extra objects except when counting, ours does not. scores and rows are those of
+    all processes.
     """
-    first = list(scores)[0]
+    first = list(scores)[0]  # scores are in the order of --reward
     if first not in HAVE_A_RIGHT_ANSWER:
         return {}
     right = scores[first] == 1
@@ -674,5 +689,5 @@ def to_floats(result, count, name):
     values = values.flatten().tolist()
     for value in values:
         if math.isnan(value) or abs(value) > 1e30:  # flow_grpo.py computes in float32
-            raise RewardError(f"reward {name} gave {value}, which is not a finite score")
+            raise RewardError(f"reward {name} gave {value}, which is not a number, or too large")
     return values

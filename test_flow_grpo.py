@@ -812,8 +812,8 @@ def test_the_times_must_fall_from_1_to_0(monkeypatch, times, right):
 
 def test_prompts_that_the_model_does_not_fully_see_are_named():
     tokenizer = small_policy().tokenizer  # of its T5, which spells
-    assert rewards.warnings(tokenizer, 7, ["a man"]) == []
-    long, unknown = rewards.warnings(tokenizer, 7, ["a man", "caf\u00e9", "a woman"])
+    assert rewards.prompt_warnings(tokenizer, 7, ["a man"]) == []
+    long, unknown = rewards.prompt_warnings(tokenizer, 7, ["a man", "caf\u00e9", "a woman"])
     assert "1 prompts are longer than --max_sequence_length 7 " in long and "'a woman'" in long
     assert "1 prompts have words that the model does not know, such as 'caf\u00e9'" in unknown
 

@@ -4,7 +4,7 @@
   python results/draw.py curves marginals   # only what these functions below do
 
 The numbers are those of runs.jsonl, or of the method itself. Pictures of images come from the
-folders that results/run_all.py has left in runs/. Without these, the old pictures stay.
+folders that results/run_all.py has left in runs/runs/. Without these, the old pictures stay.
 """
 import json
 import math

@@ -6,8 +6,8 @@
 
 Each run becomes a row of the file: its name, command, seed, seconds, machine, the commit it was
 made with, its curves, and `final`, the metrics of its last evaluation. Its folder is in
-runs/NAME OF THE FILE. A stopped script goes on where it was. Two runs are made at a time, each
-computing on one thread. Those named time/ are made one by one, on all cores.
+runs/NAME OF THE FILE. A stopped script goes on where it was. Two runs are made at a time, each with
+one thread for torch. Those named time/ are made one by one, with all cores.
 """
 import json
 import os
@@ -53,7 +53,7 @@ RUNS = [  # name, options, seeds
     ("time/geneval", "--reward geneval", [0]),
     ("time/pickscore", "--reward toy_pickscore", [0]),
 
-    # denoising reduction. 4 of 40 steps and 1 of 10 are the first tenth of t, 1 of 5 a fifth.
+    # denoising reduction. 4 of 40 steps and 1 of 10 are the first tenth of all, 1 of 5 a fifth.
     ("words/default", WORDS, SEEDS),
     ("words/T40", f"{WORDS} --train_steps 40 --window 4", SEEDS),
     ("words/T5", f"{WORDS} --train_steps 5", SEEDS),
@@ -203,9 +203,8 @@ def main(file=TOP / "results/runs.jsonl", prefix=""):
     for job in alone:
         run(*job, threads=os.cpu_count())
     with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(run, *job, threads=1) for job in together]
-        for future in waiting:
-            future.result()  # shows what went wrong, if anything did
+        # list() waits for all runs. If one of them fails, the others are not started.
+        list(pool.map(lambda job: run(*job, threads=1), together))
 
 
 if __name__ == "__main__":
