@@ -296,9 +296,8 @@ def choose_window(config, rng):
     A window of a few early steps leaves no such noise, and makes the update cheaper. Early steps
     decide most of what an image shows, and even one of them makes the images of a group differ.
     Late steps decide little, yet have the largest gradients: late steps have a small std, and the
-    gradient of log_prob grows with 1 / std. In the toy these drown the gradients of the early
-    steps. The authors found later (Flow-GRPO-Fast, with PickScore) that two random steps are
-    enough.
+    gradient of log_prob grows with 1 / std. In the toy they drown out the early steps. The authors
+    found later (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -389,9 +388,9 @@ def update(policy, config, episodes, advantages):
             check_ratio(ratio, config.clip_range, is_first_update)
             loss = policy_loss + config.beta * kl
             # Gradients add up over the batches, and in optimize() over the processes. Dividing by
-            # the number of all pairs gives the mean.
-            mean_loss = loss.sum() / pairs_of_all_processes
-            mean_loss.backward()
+            # the number of all pairs makes their sum the gradient of the mean loss.
+            share_of_the_mean = loss.sum() / pairs_of_all_processes
+            share_of_the_mean.backward()
             kls.append(kl.detach())
             ratios.append(ratio.detach())
         norms.append(policy.optimize())
@@ -411,7 +410,7 @@ def update(policy, config, episodes, advantages):
 
 
 def losses(policy, config, episodes, advantages, batch):
-    """The terms of equation 5 -> policy_loss, kl, ratio, all [b]
+    """What equation 5 is made of -> policy_loss, kl, ratio, all [b]
 
     The batch [b, 2] has b pairs: the index of an image, and that of an SDE step.
     """
@@ -422,7 +421,7 @@ def losses(policy, config, episodes, advantages, batch):
     old_log_prob = episodes.log_prob[numbers, k]
     advantage = advantages[numbers].to(x.device)
     condition = [c[numbers] for c in episodes.condition]
-    i = episodes.window.start + k
+    i = episodes.window.start + k  # [b]
     step = make_step(episodes.times, i, config.noise_level, config.sde)
 
     v = policy.velocity(x, step.t, condition)
@@ -441,7 +440,7 @@ def losses(policy, config, episodes, advantages, batch):
 
 
 def check_ratio(ratio, clip_range, is_first_update):
-    """Stop if a ratio is not finite, or if it differs from 1 in the first update."""
+    """Stop if a ratio is not finite, or if in the first update it differs from 1."""
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
     off = (ratio - 1).abs().max().item()
@@ -560,8 +559,9 @@ def train(config):
     train_rewards = rewards.load(config.reward, "--reward")
     eval_rewards = dict(train_rewards)
     only_measured = rewards.load(config.eval_reward, "--eval_reward")
-    for name, (function, _) in only_measured.items():
+    for name in only_measured:
         if name not in train_rewards:
+            function, _ = only_measured[name]
             eval_rewards[name] = (function, 0)  # with a weight of 0 in the sum
     rewards.check(eval_rewards, train_set + test_set)
 
@@ -662,7 +662,7 @@ class Policy:
         self.latent_shape = (pipe.vae.config.latent_channels, side, side)
 
     def velocity(self, x, t, condition):
-        """v in float32. x and v are [B, C, H, W], t is one time or one for each image.
+        """v [B, C, H, W] in float32. x is [B, C, H, W], t is one time or one for each image.
 
         With classifier-free guidance, the policy is the Gaussian around the guided step. So
         sampling and training must both use it, or the ratio would compare two policies.
@@ -791,8 +791,8 @@ class Policy:
             state = peft.get_peft_model_state_dict(self.network)
             layers = {}
             for name, weights in state.items():
-                # The file has no alpha, so its readers take alpha / rank to be 1. Instead, we
-                # multiply one of the two matrices by alpha / rank.
+                # The file has no alpha, so its readers take alpha / rank to be 1. So we multiply
+                # one of the two matrices by alpha / rank here.
                 if "lora_B" in name:
                     weights = ALPHA_OVER_RANK * weights
                 layers[name.removeprefix("base_model.model.")] = weights
@@ -1115,7 +1115,7 @@ def parse_config(argv=None):
         options = PRESETS[asked.preset]
     else:
         reward_names = list(rewards.parse(asked.reward, "--reward"))
-        options = PRESETS.get(reward_names[0], {})
+        options = PRESETS.get(reward_names[0], {})  # --reward geneval takes the preset geneval
     config = parse_command_line(argv, options)
     check_config(config)
     check_machine(config)
@@ -1304,7 +1304,7 @@ def summary(folder, history):
 def save_images(images, rows, scores, folder):
     """The first 12 images of an evaluation, with a file of their prompts and scores
 
-    images are those of this process, rows and scores are those of all.
+    images are those of this process, and are gathered here. rows and scores are those of all.
     """
     gathered = gather_object(images[:12])  # 12 of each process, in order
     images = gathered[:12]
@@ -1312,9 +1312,10 @@ def save_images(images, rows, scores, folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "prompts.jsonl", "w") as file:
-        for number, (image, row, score) in enumerate(zip(images, rows, scores)):
+        for number, image in enumerate(images):
             image.save(folder / f"{number:02d}.png")
-            file.write(json.dumps({"prompt": row["prompt"], "score": score}) + "\n")
+            line = {"prompt": rows[number]["prompt"], "score": scores[number]}
+            file.write(json.dumps(line) + "\n")
 
 
 def read_images(folder):
