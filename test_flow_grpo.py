@@ -603,6 +603,7 @@ def test_the_metrics_and_pictures_of_an_evaluation(monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------- 5. the network
 def test_the_network_the_lora_and_the_optimizer_are_as_the_options_say():
     """The LoRA and the VAE are in float32 even if the network is not."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert small_policy().network.dtype == torch.float32
     policy = load_policy(small(precision="bf16", gradient_checkpointing=True, adam_eps=1e-9))
     assert policy.network.is_gradient_checkpointing
@@ -934,7 +935,7 @@ def test_the_geneval_rule(found, include, score):
     (30, 20, {"left of"}), (30, 24, {"left of", "above"})])  # (20 - 2) / 36.1 is just below 0.5
 def test_where_a_box_lies_from_another(other_x, other_y, holds):
     """Both are 10 wide and high. Shortened by 2, more than half of the distance must be left."""
-    assert rewards.relations(box(0, 0), box(other_x, other_y)) == holds
+    assert rewards.relations(box(5, 7), box(5 + other_x, 7 + other_y)) == holds
 
 
 def test_in_x_the_widths_shorten_and_in_y_the_heights():
