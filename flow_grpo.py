@@ -379,8 +379,8 @@ def update(policy, config, episodes, advantages):
     kls, ratios, norms = [], [], []
     parts = image_numbers.chunk(config.updates, dim=1)
     for update_number, part in enumerate(parts):
-        images = part.flatten()
-        pairs = torch.cartesian_prod(images, sde_steps)  # [image, k], every image at every SDE step
+        numbers = part.flatten()  # of the images
+        pairs = torch.cartesian_prod(numbers, sde_steps)  # [image, k]: each image at each step
         pairs_of_all_processes = len(pairs) * WORLD.num_processes
         for batch in progress(pairs.split(config.batch_size), "update"):
             policy_loss, kl, ratio = losses(policy, config, episodes, advantages, batch)
@@ -540,7 +540,7 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
     no_window = range(0)
     with policy.averaged():
         episodes = rollout(policy, config, prompts, seeds, config.eval_steps, no_window)
-    # Like train_epoch, this gets the scores of all processes.
+    # As in train_epoch, each process gets the scores of all.
     scores = rewards.score(eval_rewards, episodes.images, repeat_each(rows, n))
 
     metrics = {f"eval_{key}": values.mean() for key, values in scores.items()}

@@ -151,7 +151,7 @@ def geneval_score(found, row):
     """
     terms = []
     # For each entry, the objects found for it, or [] if anything of it is wrong. Then every place
-    # relative to them is wrong, too. (PAPER/CODE: so it is in the code, the paper does not say.)
+    # relative to them is wrong, too. (PAPER/CODE: The code does this, the paper does not say.)
     references = []
     for asked in row["include"]:
         objects = [thing for thing in found if thing["class"] == asked["class"]]
