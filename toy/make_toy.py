@@ -1,6 +1,6 @@
 """Make the embedded toy: a tiny StableDiffusion3Pipeline that draws signs and simple shapes.
 
-    python toy/make_toy.py             # about 2 hours on 2 CPU cores; run it again to resume
+    python toy/make_toy.py             # about 3 hours on 2 CPU cores; run it again to resume
     python toy/make_toy.py pickscore   # afterwards: toy/pickscore, a CLIP that imitates a taste
 
 The world (world.py) is calm: few layouts, one font, six colors. So a model of 2.5 M parameters
@@ -38,7 +38,7 @@ from world import (COLORS, SHAPES, SIZE, detect_shapes, paint_scene, paint_sign,
                    plural, scenes, taste)
 
 SEED = 0
-IMAGES = 80_000             # rendered once, seen about 14 times
+IMAGES = 80_000             # rendered once, seen about 22 times
 VAE_STEPS, VAE_BATCH, CROP = 2500, 48, 32
 FLOW_STEPS, FLOW_BATCH = 13500, 128
 PICK_PAIRS, PICK_STEPS, PICK_BATCH = 20_000, 3000, 64
