@@ -126,18 +126,19 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #   - The v of a network is only roughly the best one. With guidance, or after training towards a
 #     reward, it is not even meant to be.
 #   - At t = 1 sigma would be infinite. Like the official code, we take 1-s instead of 1-t there.
-#     Then sigma is a / sqrt(1-s), and as 1-s is also the length of the step, std is a, however
-#     small the step is. This leaves a bit too much noise in x. At t = 1 noise_guess is x itself,
-#     with the variance 1. So if s is near 1, the noise in x_next has the variance
+#     Then std = sigma * sqrt(1-s) = a: the first step adds noise of std a, however short it is.
+#     This leaves a bit too much noise in x. At t = 1 noise_guess is x itself, with the variance 1.
+#     So if s is near 1, the noise in x_next has the variance
 #     keep^2 + std^2 = (1 - a^2 / 2)^2 + a^2 = 1 + a^4 / 4 instead of 1.
 #   - Ten steps are not small, and leave too much noise in x. `choose_window` has the worst example.
 #
 # CPS (coefficients-preserving sampling) has the opposite error. If noise_guess had the variance 1,
 # the noise in x would have the variance keep^2 + std^2 = s^2, as it should. But noise_guess is an
-# average and varies less, so each random step leaves too little noise in x. The images are clean,
-# but vary less than they should. Smaller steps do not help: the std of CPS does not depend on t-s,
-# so even a tiny step replaces the same share of the noise. The paper's results are with the flow
-# SDE, our default.
+# average and varies less. So a short step takes more variance out of x by keeping less than s of
+# noise_guess than it puts back: (s - keep)^2 * (1 - variance of noise_guess) is missing. The images
+# are clean, but vary less than they should. Smaller steps do not help, because std and keep depend
+# on s alone: however short a step is, it replaces the same share of the noise. The paper's results
+# are with the flow SDE, our default.
 
 
 class Step(NamedTuple):
@@ -146,7 +147,7 @@ class Step(NamedTuple):
     s: torch.Tensor
     keep: torch.Tensor  # the factor of noise_guess
     std: torch.Tensor  # how much fresh noise is added
-    kl_scale: torch.Tensor  # only for kl_penalty: sigma for the flow SDE, std for CPS
+    kl_scale: torch.Tensor  # what kl_penalty divides by: sigma for the flow SDE, std for CPS
 
 
 def make_step(times, i, noise_level, sde="flow"):
@@ -183,7 +184,7 @@ def sde_step(x, v, step, fresh_noise):
 
 
 def gaussian_log_prob(x_next, mean, std):
-    """How likely a step is. x_next and mean are [B, C, H, W] -> [B]
+    """How likely a step is, as the log of a density. x_next and mean are [B, C, H, W] -> [B]
 
     Raising log_prob moves the mean towards x_next, lowering it moves the mean away. So if an image
     turned out well, the model learns to do by itself what the fresh noise did by chance.
@@ -192,7 +193,9 @@ def gaussian_log_prob(x_next, mean, std):
     so do we. `clipped_loss` says what this means for the ratio.
 
     PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it.
-    This factor gives late steps the largest gradients, because the std of CPS shrinks with s.
+    This factor gives late steps the largest gradients, because the std of CPS shrinks with s. In
+    the early steps that the preset sd3.5-medium-fast trains it is about 1, so that the published
+    clip range still fits.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -205,10 +208,14 @@ def kl_penalty(mean, mean_ref, kl_scale):
     Far from the base model, a reward can give high scores to images that people do not like. This
     is called reward hacking. The KL penalty makes it expensive to move that far.
 
-    PAPER/CODE: The KL divergence of two Gaussians with the same std is the sum over all D
-    dimensions of (mean - mean_ref)^2 / (2 * std^2). The code takes their mean, and for the flow SDE
-    it has sigma^2 in place of std^2 = sigma^2 * (t-s). We do the same, because the published beta
-    belongs to it. (For CPS the code divides by std^2, as it should.)
+    The KL divergence of two Gaussians with the same std is known exactly: the sum over all D
+    dimensions of (mean - mean_ref)^2 / (2 * std^2). So it need not be estimated from samples, as it
+    is for language models.
+
+    PAPER/CODE: The code takes the mean over D, and for the flow SDE it has sigma^2 in place of
+    std^2 = sigma^2 * (t-s). We do the same, because the published beta belongs to it. For CPS the
+    code divides by std^2, as it should. This makes the penalty several times larger, so with CPS a
+    smaller beta is right.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -296,8 +303,9 @@ def choose_window(config, rng):
     A window of a few early steps leaves no such noise, and makes the update cheaper. Early steps
     decide most of what an image shows, and even one of them makes the images of a group differ.
     Late steps decide little, yet have the largest gradients: late steps have a small std, and the
-    gradient of log_prob grows with 1 / std. In the toy they drown out the early steps. The authors
-    found later (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
+    gradient of log_prob grows with 1 / std. (On SD3.5's time grid the late steps are also longer,
+    which makes v matter more.) In the toy they drown out the early steps. The authors found later
+    (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -365,8 +373,8 @@ def update(policy, config, episodes, advantages):
     cannot correct for that (see `clipped_loss`). Using an image again would make this worse. So
     each image is used only once, as in the official code.
 
-    PAPER/CODE: The code shuffles the images of the epoch first, we do not. All images of a group
-    are drawn in the same way, so the first half of a group is as good as a random half.
+    PAPER/CODE: Most of the official scripts shuffle the images of the epoch first, we do not. All
+    images of a group are drawn in the same way, so its first half is as good as a random half.
 
     PAPER/CODE: The official train_sd3.py leaves out images with an advantage of 0, train_flux.py
     keeps them. We keep them for their KL penalty.
@@ -397,7 +405,8 @@ def update(policy, config, episodes, advantages):
 
     kl = gather(torch.cat(kls))
     ratio = gather(torch.cat(ratios))
-    # Ratios outside of the clip range, whatever the sign of their advantage
+    # Ratios outside of the clip range, whatever the sign of their advantage. More are too low than
+    # too high, because the x_next were drawn where the old policy makes them likely.
     clip_low = ratio < 1 - config.clip_range
     clip_high = ratio > 1 + config.clip_range
     return {
@@ -480,8 +489,8 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
     first_seeds = [rng.getrandbits(60) for _ in range(groups * group_size)]
     fresh_seeds = [rng.getrandbits(60) for _ in range(groups * group_size)]
     if config.same_noise:  # then the images of a group differ only by their SDE steps
-        one_for_each_group = first_seeds[:groups]
-        first_seeds = repeat_each(one_for_each_group, group_size)
+        group_seeds = first_seeds[:groups]
+        first_seeds = repeat_each(group_seeds, group_size)
     window = choose_window(config, rng)
 
     rows = my_part(chosen)  # if there are several processes, each has its part of the groups
@@ -591,10 +600,9 @@ def train(config):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Late in a run, nearly all groups may have equal scores. Then mostly the KL penalty has
-            # a gradient, a tiny one. But Adam divides every gradient by its recent size, so the
-            # model would still take full steps, back to the base model. A falling learning rate
-            # prevents this.
+            # Late in a run, most groups may have equal scores. Then the noise of the few others and
+            # the KL penalty move the model more than the reward does. The lower the learning rate
+            # is by then, the less they do.
             learning_rate = config.learning_rate
             if config.lr_decay:
                 learning_rate *= 1 - (epoch - 1) / config.epochs
@@ -965,15 +973,16 @@ class Config:
     sde: Literal["flow", "cps"] = "flow"  # the paper's, or CPS (see chapter 1)
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
-    # One first noise for a group: its images then differ only by steps that are trained. Meant for
-    # few random steps. In the paper, where all are random, different noises got higher rewards
+    # One first noise for a group: its images then differ only by steps that are trained. Otherwise
+    # the few trained steps would get the credit for a lucky first noise. In the paper, where all
+    # steps are random, different noises got higher rewards
     same_noise: bool = True
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch
     learning_rate: float = 3e-3  # of AdamW
     lr_decay: bool = True  # the learning rate falls linearly, epoch by epoch, towards 0
-    # Adam divides a gradient by its recent size plus adam_eps. Our losses are means over D, so
-    # gradients can be far below an adam_eps of 1e-8, and then hardly anything moves. If the kl
+    # Adam divides a gradient by its recent size plus adam_eps. Our losses are means over D, so in
+    # large models gradients can be as small as 1e-8, and then hardly anything moves. If the kl
     # stays at 0, try 1e-15
     adam_eps: float = 1e-8
     clip_range: float = 1e-3  # a ratio this far from 1 is not pushed further away
@@ -1012,7 +1021,7 @@ PAPER = dict(
     beta=0.04,  # for GenEval and OCR. For PickScore it is 0.01
     std_over="epoch",
     lora_rank=32,
-    # PAPER/CODE: The code renews the average twice after every 8th update, with a decay of 0.9. We
+    # PAPER/CODE: After every 8th update the code renews the average twice, with a decay of 0.9. We
     # renew it after each update. A decay of 0.974 comes to the same in 8 updates: 0.974^8 = 0.9^2.
     ema_decay=0.974,
     batch_size=8,  # ours
