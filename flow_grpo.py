@@ -134,20 +134,20 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #
 # CPS (coefficients-preserving sampling) has the opposite error. If noise_guess had the variance 1,
 # the noise in x would have the variance keep^2 + std^2 = s^2, as it should. But noise_guess is an
-# average and varies less. So a short step takes more variance out of x by keeping less than s of
-# noise_guess than it puts back: (s - keep)^2 * (1 - variance of noise_guess) is missing. The images
-# are clean, but vary less than they should. Smaller steps do not help, because std and keep depend
-# on s alone: however short a step is, it replaces the same share of the noise. The paper's results
-# are with the flow SDE, our default.
+# average and varies less. So the variance of x_next is too small, after a short step by
+# (s - keep)^2 * (1 - variance of noise_guess). The images are clean, but vary less than they
+# should. Smaller steps do not help, because std and keep depend on s alone: however short a step
+# is, it replaces the same share of the noise. The paper's results are with the flow SDE, our
+# default.
 
 
 class Step(NamedTuple):
-    """A step from t to s. Its tensors are [1, 1, 1, 1] for all images, or [B, 1, 1, 1] for each."""
+    """A step from t to s. Its tensors are [1, 1, 1, 1], or [B, 1, 1, 1] if times differ."""
     t: torch.Tensor
     s: torch.Tensor
     keep: torch.Tensor  # the factor of noise_guess
     std: torch.Tensor  # how much fresh noise is added
-    kl_scale: torch.Tensor  # what kl_penalty divides by: sigma for the flow SDE, std for CPS
+    kl_scale: torch.Tensor  # stands for std in kl_penalty: sigma for the flow SDE, std for CPS
 
 
 def make_step(times, i, noise_level, sde="flow"):
@@ -194,8 +194,8 @@ def gaussian_log_prob(x_next, mean, std):
 
     PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it.
     This factor gives late steps the largest gradients, because the std of CPS shrinks with s. In
-    the early steps that the preset sd3.5-medium-fast trains it is about 1, so that the published
-    clip range still fits.
+    the early steps that the preset sd3.5-medium-fast trains, the factor is about 1, so that the
+    preset's clip range still fits.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -214,8 +214,8 @@ def kl_penalty(mean, mean_ref, kl_scale):
 
     PAPER/CODE: The code takes the mean over D, and for the flow SDE it has sigma^2 in place of
     std^2 = sigma^2 * (t-s). We do the same, because the published beta belongs to it. For CPS the
-    code divides by std^2, as it should. This makes the penalty several times larger, so with CPS a
-    smaller beta is right.
+    code divides by std^2, as it should. This makes the penalty several times larger than sigma^2
+    would, so with CPS a smaller beta is right.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -257,11 +257,12 @@ def clipped_loss(ratio, advantages, clip_range):
         advantage > 0    the gradient is 0 once the ratio is above 1 + clip_range
         advantage < 0    the gradient is 0 once the ratio is below 1 - clip_range
 
-    Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one. It is
-    always very near 1, so clip ranges are very small. For SD3.5 at 512 pixels D is 65,536, and with
-    the published clip range of 1e-4 clipping begins at 1.0001, a true ratio of 1.0001^65536, about
-    700. In PPO the ratio has a second task: as a factor of the gradient, it corrects for samples
-    that come from an old policy. Ours is too near 1 for that, and only decides when to clip.
+    Because log_prob is a mean over D dimensions, our ratio is the D-th root of the true one:
+    exp(sum / D) = exp(sum)^(1/D). It is always very near 1, so clip ranges are very small. For
+    SD3.5 at 512 pixels D is 65,536, and with the published clip range of 1e-4 clipping begins at
+    1.0001, a true ratio of 1.0001^65536, about 700. In PPO the ratio has a second task: as a factor
+    of the gradient, it corrects for samples that come from an old policy. Ours is too near 1 for
+    that, and only decides when to clip.
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -279,7 +280,7 @@ def clipped_loss(ratio, advantages, clip_range):
 @dataclass
 class Rollout:
     images: list            # B PIL images, one group after the other
-    condition: list         # the encoded prompts, tensors [B, ...]
+    condition: list         # the encoded prompts, two tensors [B, ...]
     times: torch.Tensor     # [T+1]
     window: range           # which of the T steps were SDE steps, K of them
     latents: torch.Tensor   # [B, K+1, C, H, W]: x before the first SDE step, and after each of them
@@ -304,8 +305,8 @@ def choose_window(config, rng):
     decide most of what an image shows, and even one of them makes the images of a group differ.
     Late steps decide little, yet have the largest gradients: late steps have a small std, and the
     gradient of log_prob grows with 1 / std. (On SD3.5's time grid the late steps are also longer,
-    which makes v matter more.) In the toy they drown out the early steps. The authors found later
-    (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
+    so that their mean depends more on v.) In the toy they drown out the early steps. The authors
+    found later (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -353,7 +354,7 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
                 latents[batch, k + 1] = x
                 log_prob[batch, k] = step_log_prob
             else:
-                x = x + v * (step.s - step.t)  # the ODE
+                x = x + v * (step.s - step.t)  # the ODE, which needs only the times of the step
         images += policy.decode(x)
     return Rollout(images, condition, times, window, latents, log_prob)
 
@@ -368,10 +369,10 @@ def update(policy, config, episodes, advantages):
 
     episodes is the Rollout of this process, and advantages [B] are those of its images.
 
-    Several small updates usually get further than a large one. So each update gets a part of every
-    group. From the second update on, the images come from a slightly older policy, and our ratio
-    cannot correct for that (see `clipped_loss`). Using an image again would make this worse. So
-    each image is used only once, as in the official code.
+    Several small updates usually get further than a large one. So the images are split, and each
+    update gets a part of every group. From the second update on, the images come from a slightly
+    older policy, and our ratio cannot correct for that (see `clipped_loss`). Using an image again
+    would make this worse. So each image is used only once, as in the official code.
 
     PAPER/CODE: Most of the official scripts shuffle the images of the epoch first, we do not. All
     images of a group are drawn in the same way, so its first half is as good as a random half.
@@ -387,8 +388,8 @@ def update(policy, config, episodes, advantages):
     kls, ratios, norms = [], [], []
     parts = image_numbers.chunk(config.updates, dim=1)
     for update_number, part in enumerate(parts):
-        numbers = part.flatten()  # of the images
-        pairs = torch.cartesian_prod(numbers, sde_steps)  # [image, k]: each image at each step
+        # [image, k]: each image of the part at each of its SDE steps
+        pairs = torch.cartesian_prod(part.flatten(), sde_steps)
         pairs_of_all_processes = len(pairs) * WORLD.num_processes
         for batch in progress(pairs.split(config.batch_size), "update"):
             policy_loss, kl, ratio = losses(policy, config, episodes, advantages, batch)
@@ -406,7 +407,7 @@ def update(policy, config, episodes, advantages):
     kl = gather(torch.cat(kls))
     ratio = gather(torch.cat(ratios))
     # Ratios outside of the clip range, whatever the sign of their advantage. More are too low than
-    # too high, because the x_next were drawn where the old policy makes them likely.
+    # too high, because on average no policy makes the x_next as likely as the one that drew them.
     clip_low = ratio < 1 - config.clip_range
     clip_high = ratio > 1 + config.clip_range
     return {
@@ -423,13 +424,13 @@ def losses(policy, config, episodes, advantages, batch):
 
     The batch [b, 2] has b pairs: the index of an image, and that of an SDE step.
     """
-    numbers = batch[:, 0]  # of the images
+    image = batch[:, 0]
     k = batch[:, 1]
-    x = episodes.latents[numbers, k]
-    x_next = episodes.latents[numbers, k + 1]
-    old_log_prob = episodes.log_prob[numbers, k]
-    advantage = advantages[numbers].to(x.device)
-    condition = [c[numbers] for c in episodes.condition]
+    x = episodes.latents[image, k]
+    x_next = episodes.latents[image, k + 1]
+    old_log_prob = episodes.log_prob[image, k]
+    advantage = advantages[image].to(x.device)
+    condition = [c[image] for c in episodes.condition]
     i = episodes.window.start + k  # [b]
     step = make_step(episodes.times, i, config.noise_level, config.sde)
 
@@ -495,8 +496,8 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
 
     rows = my_part(chosen)  # if there are several processes, each has its part of the groups
     prompts = [row["prompt"] for row in rows]
-    episodes = rollout(policy, config, prompts, my_part(first_seeds), config.train_steps, window,
-                       my_part(fresh_seeds))
+    episodes = rollout(policy, config, prompts, my_part(first_seeds), T=config.train_steps,
+                       window=window, fresh_seeds=my_part(fresh_seeds))
 
     # Each process scores its own images and gets the scores of all: a dict of arrays, "reward/NAME"
     # for each reward and "reward", their weighted sum.
@@ -531,7 +532,7 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
 
     Why can we train with the SDE and sample with the ODE? Both use the same v, and a change of v
     moves the mean of an SDE step and the step of the ODE in the same direction. One LoRA serves all
-    times, so v also changes outside of the window.
+    times, so what it learns in the window also changes v outside of the window.
 
     We evaluate a moving average of the LoRA's weights, which is less noisy than the weights
     themselves. The seeds are always the same, so that runs can be compared.
@@ -548,7 +549,7 @@ def evaluate(policy, config, eval_rewards, test_set, folder):
             seeds.append(number * n + copy)
     no_window = range(0)
     with policy.averaged():
-        episodes = rollout(policy, config, prompts, seeds, config.eval_steps, no_window)
+        episodes = rollout(policy, config, prompts, seeds, T=config.eval_steps, window=no_window)
     # As in train_epoch, each process gets the scores of all.
     scores = rewards.score(eval_rewards, episodes.images, repeat_each(rows, n))
 
@@ -586,6 +587,7 @@ def train(config):
         checkpoint = read_checkpoint(folder)
         policy.restore(checkpoint)
         history = checkpoint["history"]
+    # Accelerate only logs here. `optimize` adds up the gradients of all processes.
     accelerator = Accelerator(log_with=config.report_to or None, project_dir=folder)
     name_in_wandb = {"wandb": {"name": folder.name}}
     accelerator.init_trackers("flow_grpo", asdict(config), name_in_wandb)
@@ -600,9 +602,9 @@ def train(config):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Late in a run, most groups may have equal scores. Then the noise of the few others and
-            # the KL penalty move the model more than the reward does. The lower the learning rate
-            # is by then, the less they do.
+            # Late in a run, most groups may have equal scores. Then the model is moved less by the
+            # reward than by the noise of the few other groups and by the KL penalty. A learning
+            # rate that falls keeps these moves small.
             learning_rate = config.learning_rate
             if config.lr_decay:
                 learning_rate *= 1 - (epoch - 1) / config.epochs
@@ -776,6 +778,7 @@ class Policy:
         """One update with the gradients of all processes -> their norm before clipping"""
         for p in self.params:
             p.grad = reduce(p.grad, "sum")
+        # The 1.0 is from the code. Our norms are usually far below, so that nothing is clipped.
         norm = clip_grad_norm_(self.params, 1.0)
         if not norm.isfinite():
             sys.exit("the gradient is not finite: lower --learning_rate")

@@ -447,8 +447,10 @@ def rollout_arguments(monkeypatch, config, number_of_prompts, epoch):
     train_set = [{"prompt": f"prompt {number}"} for number in range(number_of_prompts)]
     with pytest.raises(EndOfTest):
         flow_grpo.train_epoch(None, config, None, train_set, epoch)
-    _, _, prompts, first, T, window, fresh = rollout.call_args.args
-    return SimpleNamespace(prompts=prompts, first=first, T=T, window=window, fresh=fresh)
+    _, _, prompts, first = rollout.call_args.args
+    named = rollout.call_args.kwargs
+    return SimpleNamespace(prompts=prompts, first=first, T=named["T"], window=named["window"],
+                           fresh=named["fresh_seeds"])
 
 
 def test_an_epoch_depends_on_the_seed_and_its_number_alone(monkeypatch):
@@ -497,7 +499,7 @@ def scored_epoch(monkeypatch, reward, **options):
     """
     drawn = SimpleNamespace(images=gray(0, 255, 0, 255, *[51] * 8))
     update = Mock(return_value={"kl": 0.25})
-    monkeypatch.setattr(flow_grpo, "rollout", lambda *args: drawn)
+    monkeypatch.setattr(flow_grpo, "rollout", lambda *args, **named: drawn)
     monkeypatch.setattr(flow_grpo, "update", update)
     train_set = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
     metrics = flow_grpo.train_epoch(None, small(groups=3, **options), reward, train_set, 1)
@@ -543,18 +545,19 @@ TAGGED = [
 def evaluate_gray_images(monkeypatch, tmp_path, config, reward, levels):
     """An evaluation whose images have these gray levels
 
-    -> its metrics, and the prompts, seeds, T and window that it asks for
+    -> its metrics, and the arguments of its rollout: the prompts and seeds, then T and the window
     """
     policy = MagicMock()  # the network is not asked
     averaged = policy.averaged.return_value
 
-    def draw_with_the_average(*args):
+    def draw_with_the_average(*args, **named):
         assert averaged.__enter__.called and not averaged.__exit__.called
         return SimpleNamespace(images=gray(*levels))
     rollout = Mock(side_effect=draw_with_the_average)
     monkeypatch.setattr(flow_grpo, "rollout", rollout)
     metrics = flow_grpo.evaluate(policy, config, reward, TAGGED, tmp_path / "0012")
-    return {key: float(value) for key, value in metrics.items()}, rollout.call_args.args[2:]
+    asked = (*rollout.call_args.args[2:], rollout.call_args.kwargs)
+    return {key: float(value) for key, value in metrics.items()}, asked
 
 
 def test_every_evaluation_draws_the_same_prompts_from_the_same_seeds(monkeypatch, tmp_path):
@@ -562,7 +565,7 @@ def test_every_evaluation_draws_the_same_prompts_from_the_same_seeds(monkeypatch
     config = small(eval_prompts=3, eval_per_prompt=2, eval_steps=7, seed=5)
     reward = {"half": (half, 1)}
     _, asked = evaluate_gray_images(monkeypatch, tmp_path, config, reward, [9] * 6)
-    assert asked == (["a", "b", "c"], [0, 1, 2, 3, 4, 5], 7, range(0))
+    assert asked == (["a", "b", "c"], [0, 1, 2, 3, 4, 5], {"T": 7, "window": range(0)})
     config.eval_prompts = 0
     _, asked = evaluate_gray_images(monkeypatch, tmp_path, config, reward, [9] * 8)
     assert asked[0] == ["a", "b", "c", "d"]
