@@ -36,7 +36,7 @@ files and pictures. The default model is a toy, an SD3 pipeline of 5 MB (toy/). 
 from the paper's: only one or two steps are random, and trained.
 
   python flow_grpo.py --reward ocr                     # teach the toy to write: 2 minutes on a CPU
-  python flow_grpo.py --reward my_rewards.py:judge     # your own reward, see `redness` and README
+  python flow_grpo.py --reward my_rewards.py:red       # your own reward, see `redness` and README
   python flow_grpo.py --resume runs/ocr                # go on after a stop
   python flow_grpo.py --preset sd3.5-medium-fast --reward ocr --dataset FOLDER        # on one GPU
   accelerate launch flow_grpo.py --preset sd3.5-medium --reward ocr --dataset FOLDER  # on all GPUs
