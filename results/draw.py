@@ -140,7 +140,6 @@ def numbers():
     print("without cross, purple and four:", spread(started), "->",
           spread(finals("generalization/default", "eval_accuracy")))
     print("text without the KL penalty:", spread(finals("ocr/beta0", "eval_accuracy")))
-    print("geneval/window3:", finals("geneval/window3", "eval_accuracy"))
     for beta in ("0", "0.3"):
         for row in runs(f"hacking/beta{beta}"):
             taste = curve(row, "eval_reward/toy_taste")
@@ -436,7 +435,7 @@ def gradient_norms(policy, config, episodes, advantages):
 
 def pictures():
     """Of the first seed of scenes, and the film of the README"""
-    before_after = RUNS / "geneval-default-seed7101/before_after.png"
+    before_after = RUNS / "geneval-default-seed8101/before_after.png"
     if before_after.exists():
         Image.open(before_after).convert("RGB").save(FIGURES / "before_after_geneval.png")
     film = RUNS / "ocr-film-seed0"
