@@ -965,8 +965,8 @@ class Config:
     resume: str = ""
     report_to: str = ""  # also log to tensorboard, wandb, trackio, swanlab or another tracker
     seed: int = 0  # on a CPU, the same seed gives the same run
-    epochs: int = 6  # an epoch: sample, score, compare, update. 0 only evaluates
-    eval_every: int = 6  # epochs between evaluations
+    epochs: int = 4  # an epoch: sample, score, compare, update. 0 only evaluates
+    eval_every: int = 4  # epochs between evaluations
     groups: int = 16  # prompts in an epoch. More make the gradient less noisy
     group_size: int = 8  # images of each prompt
     train_steps: int = 10  # T in training
@@ -1196,7 +1196,7 @@ def check_machine(config):
 # ------------------------------------------------------------------- 7. processes, files, pictures
 # The folder of a run has config.json, metrics.jsonl (a line for each epoch), checkpoint.pt (for
 # --resume), pytorch_lora_weights.safetensors (for diffusers), before_after.png and curve.png.
-# samples/0006 has the first images of the evaluation after epoch 6, and its LoRA.
+# samples/0004 has the first images of the evaluation after epoch 4, and its LoRA.
 
 
 def progress(items, title):

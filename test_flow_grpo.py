@@ -1521,7 +1521,7 @@ VALUES = {
     "": dict(
         reward="ocr", eval_reward="", model="toy", dataset="", resolution=48,
         max_sequence_length=14, precision="fp32", gradient_checkpointing=False, offload=False,
-        seed=0, epochs=6, eval_every=6, groups=16, group_size=8, train_steps=10, eval_steps=40,
+        seed=0, epochs=4, eval_every=4, groups=16, group_size=8, train_steps=10, eval_steps=40,
         noise_level=0.7, sde="flow", window=1, latest_start=0, same_noise=True, guidance=1,
         updates=2, learning_rate=3e-3, lr_decay=True, adam_eps=1e-8, clip_range=1e-3, beta=0.5,
         std_over="epoch", lora_rank=32, ema_decay=0.9, batch_size=64, eval_prompts=0,
@@ -1568,7 +1568,7 @@ def test_the_first_reward_chooses_a_preset_and_an_option_wins_over_it(parse):
     geneval = parse("--preset", "geneval")
     for reward in ("geneval", "geneval:1", " geneval:0.5,ocr"):
         assert replace(parse("--reward", reward), reward="geneval", preset="geneval") == geneval
-    assert parse("--reward", "ocr,geneval").epochs == 6
+    assert parse("--reward", "ocr,geneval").epochs == 4
     assert parse("--reward", "geneval", "--preset", "sd3.5-medium").groups == 48
     own = parse("--preset", "sd3.5-medium-fast", "--beta", "0.01", "--no-offload")
     assert (own.beta, own.offload, own.gradient_checkpointing) == (0.01, False, True)
