@@ -44,6 +44,7 @@ RUNS = [  # name, options, seeds
     ("base/geneval", f"{SCENES} {ALL} --epochs 0", [0]),
     ("base/pickscore", f"{TASTE} {ALL} --epochs 0", [0]),
     ("ocr/default", f"{TEXT} {ALL} --eval_every 2", TEXT_SEEDS),
+    ("ocr/epochs6", f"{TEXT} {ALL} --epochs 6 --eval_every 3", range(8001, 8011)),
     ("geneval/default", f"{SCENES} {ALL}", SCENE_SEEDS),
     ("pickscore/default", f"{TASTE} {ALL}", TASTE_SEEDS),
     ("ocr/film", "--reward ocr --eval_every 1", [0]),
