@@ -778,7 +778,7 @@ class Policy:
         """One update with the gradients of all processes -> their norm before clipping"""
         for p in self.params:
             p.grad = reduce(p.grad, "sum")
-        # The 1.0 is from the code. Our norms are usually far below, so that nothing is clipped.
+        # The 1.0 is from the code. The toy's norms are far below it, so that nothing is clipped.
         norm = clip_grad_norm_(self.params, 1.0)
         if not norm.isfinite():
             sys.exit("the gradient is not finite: lower --learning_rate")

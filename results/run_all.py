@@ -34,7 +34,7 @@ TASTE = "--reward toy_pickscore --eval_reward toy_taste,diversity"
 ALL = "--eval_prompts 0"  # evaluate on all test prompts
 # Options are compared on 60 training words that are held out, so that no test word decides one.
 WORDS = f"{TEXT} --dataset dev/ocr"
-NOISY = f"{WORDS} --window 0 --epochs 6 --eval_every 6"  # all steps random but the last
+NOISY = f"{WORDS} --window 0 --epochs 10 --eval_every 10"  # all steps random but the last
 FEW = f"{WORDS} --epochs 2 --eval_prompts 2"  # only to see how long an epoch takes
 # The preset has a learning rate of 2e-3, which falls, and 24 epochs.
 TOO_HARD = f"{TASTE} --learning_rate 3e-3 --no-lr_decay --epochs 48 --eval_every 24"
@@ -45,6 +45,8 @@ RUNS = [  # name, options, seeds
     ("base/pickscore", f"{TASTE} {ALL} --epochs 0", [0]),
     ("ocr/default", f"{TEXT} {ALL} --eval_every 2", TEXT_SEEDS),
     ("ocr/epochs6", f"{TEXT} {ALL} --epochs 6 --eval_every 3", range(8001, 8011)),
+    ("validation/epochs4", f"{WORDS} --epochs 4 --eval_every 4", SEEDS),
+    ("validation/epochs6", f"{WORDS} --epochs 6 --eval_every 6", SEEDS),
     ("geneval/default", f"{SCENES} {ALL}", SCENE_SEEDS),
     ("pickscore/default", f"{TASTE} {ALL}", TASTE_SEEDS),
     ("ocr/film", "--reward ocr --eval_every 1", [0]),

@@ -52,8 +52,8 @@ SIGNS_UNTIL = {2750: 0.5, 10000: 0.3, FLOW_STEPS: 0.4}
 # counting 0.50, attribution 0.52, ...).
 SCENES = {"single_object": 0.5, "two_object": 2, "counting": 2.5, "colors": 1.25, "position": 2.5,
           "color_attr": 2.5}
-CARELESS = {"text": 0.42, "single_object": 0.02, "two_object": 0.2, "counting": 0.46, "colors": 0.24,
-            "position": 0.6, "color_attr": 0.5}
+CARELESS = {"text": 0.42, "single_object": 0.02, "two_object": 0.2, "counting": 0.46,
+            "colors": 0.24, "position": 0.6, "color_attr": 0.5}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WORDS = """
 ACE ACID AGE AIR ALSO ANT APE ARCH ARM ARMY ART ASH ATOM AUNT AWAY AXE BABY BACK BAG BAKE BALL BAND
