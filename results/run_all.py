@@ -34,7 +34,8 @@ TASTE = "--reward toy_pickscore --eval_reward toy_taste,diversity"
 ALL = "--eval_prompts 0"  # evaluate on all test prompts
 # Options are compared on 60 training words that are held out, so that no test word decides one.
 WORDS = f"{TEXT} --dataset dev/ocr"
-NOISY = f"{WORDS} --window 0 --epochs 10 --eval_every 10"  # all steps random but the last
+SIX_EPOCHS = f"{WORDS} --epochs 6 --eval_every 6"
+NOISY = f"{SIX_EPOCHS} --window 0"  # all steps random but the last
 FEW = f"{WORDS} --epochs 2 --eval_prompts 2"  # only to see how long an epoch takes
 # The preset has a learning rate of 2e-3, which falls, and 24 epochs.
 TOO_HARD = f"{TASTE} --learning_rate 3e-3 --no-lr_decay --epochs 48 --eval_every 24"
@@ -45,8 +46,6 @@ RUNS = [  # name, options, seeds
     ("base/pickscore", f"{TASTE} {ALL} --epochs 0", [0]),
     ("ocr/default", f"{TEXT} {ALL} --eval_every 2", TEXT_SEEDS),
     ("ocr/epochs6", f"{TEXT} {ALL} --epochs 6 --eval_every 3", range(8001, 8011)),
-    ("validation/epochs4", f"{WORDS} --epochs 4 --eval_every 4", SEEDS),
-    ("validation/epochs6", f"{WORDS} --epochs 6 --eval_every 6", SEEDS),
     ("geneval/default", f"{SCENES} {ALL}", SCENE_SEEDS),
     ("pickscore/default", f"{TASTE} {ALL}", TASTE_SEEDS),
     ("ocr/film", "--reward ocr --eval_every 1", [0]),
@@ -55,9 +54,9 @@ RUNS = [  # name, options, seeds
     ("time/pickscore", "--reward toy_pickscore", [0]),
 
     # denoising reduction. 4 of 40 steps and 1 of 10 are the first tenth of all, 1 of 5 a fifth.
-    ("words/default", WORDS, SEEDS),
-    ("words/T40", f"{WORDS} --train_steps 40 --window 4", SEEDS),
-    ("words/T5", f"{WORDS} --train_steps 5", SEEDS),
+    ("words/T10", SIX_EPOCHS, SEEDS),
+    ("words/T40", f"{SIX_EPOCHS} --train_steps 40 --window 4", SEEDS),
+    ("words/T5", f"{SIX_EPOCHS} --train_steps 5", SEEDS),
     ("words/noisy-T10", NOISY, SEEDS),
     ("words/noisy-T40", f"{NOISY} --train_steps 40", SEEDS),
     ("weighted/T10", NOISY, SEEDS),  # by weighted_steps.py
@@ -76,6 +75,7 @@ RUNS = [  # name, options, seeds
     ("generalization/default", f"{SCENES} {ALL} --dataset dev/generalization", SEEDS),
 
     # one option at a time
+    ("words/default", WORDS, SEEDS),
     ("words/noise0.1", f"{WORDS} --noise_level 0.1", SEEDS),
     ("words/noise0.4", f"{WORDS} --noise_level 0.4", SEEDS),
     ("words/start0-3", f"{WORDS} --latest_start 3", SEEDS),
