@@ -2,8 +2,8 @@
 
 A flow-matching model such as Stable Diffusion 3.5 turns noise into an image by solving an ordinary
 differential equation (ODE). After the first noise, nothing is random. But reinforcement learning
-needs random choices, because it makes those that turned out well more likely. So Flow-GRPO trains
-with random steps, and later samples without the randomness:
+needs random choices: it tries some, and makes the ones that turned out well more likely. So
+Flow-GRPO trains with random steps, and later samples without the randomness:
 
   sde_step          One denoising step, made random: some of the noise in x is replaced by fresh
                     noise. So x_next comes from a Gaussian whose density is known, and this Gaussian
@@ -29,7 +29,7 @@ Notation
 
 PAPER/CODE marks where the paper, the official code (github.com/yifan123/flow_grpo) and this file
 differ. We mostly follow the code, because the published learning rate, clip range and beta (the
-weight of the KL penalty) belong to it.
+weight of the KL penalty) were tuned with it.
 
 Chapters 1 to 4 are the method. Chapter 5 drives the diffusers models, 6 has the options, 7 the
 files and pictures. The default model is a toy, an SD3 pipeline of 5 MB (toy/). Its options differ
@@ -55,8 +55,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of onnxruntime, which diffusers imports
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait sleep instead of spinning
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # diffusers imports onnxruntime
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep instead of spinning
 
 import diffusers
 import numpy as np
@@ -86,8 +86,8 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
     library.utils.logging.disable_progress_bar()
 
 # ------------------------------------------------------------------------------ 1. the mathematics
-# All of this is in float32 or better, even if the network runs in bf16: the update compares nearly
-# equal probabilities, and bf16 would round their ratio to exactly 1.
+# This chapter computes in float32 or better, even if the network runs in bf16: the update compares
+# nearly equal probabilities, and bf16 would round their ratio to exactly 1.
 #
 # Many pairs of data and noise give the same x. The best v that the network can predict, the one
 # with the least squared error, is the average of noise - data over these pairs. From x and v we get
@@ -109,7 +109,7 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 # If v is the best one and steps are small, equation 9 gives x the same distribution as the ODE, at
 # every time and whatever sigma is. (Appendix A of the paper proves it. If you trust that, go on at
 # "In practice".) Let p be the density of x. A step of equation 9 does two things that the ODE's
-# step does not, and by the Fokker-Planck equation their effects on p cancel:
+# step does not, and by the Fokker-Planck equation their effects on p cancel if the step is small:
 #
 #   1. It adds fresh noise. This blurs p, as heat spreads: p changes by std^2 / 2 * laplacian(p).
 #   2. It keeps less of noise_guess, which moves x by m = -std^2 / (2t) * noise_guess. This sharpens
@@ -121,7 +121,7 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #
 #      A move m changes p by -div(p * m), here by -std^2 / 2 * laplacian(p).
 #
-# In practice the distributions are only roughly the same:
+# In practice the images of the SDE are distributed only roughly like those of the ODE:
 #
 #   - The v of a network is only roughly the best one. With guidance, or after training towards a
 #     reward, it is not even meant to be.
@@ -134,10 +134,10 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 #
 # CPS (coefficients-preserving sampling) has the opposite error. If noise_guess had the variance 1,
 # the noise in x would have the variance keep^2 + std^2 = s^2, as it should. But noise_guess is an
-# average and varies less. So the variance of x_next is too small, after a short step by
-# (s - keep)^2 * (1 - variance of noise_guess). The images are clean, but vary less than they
-# should. Smaller steps do not help, because std and keep depend on s alone: however short a step
-# is, it replaces the same share of the noise. The paper's results are with the flow SDE, our
+# average and varies less. So x_next varies too little: after a short step, the variance that is
+# missing is (s - keep)^2 * (1 - variance of noise_guess). The images are clean, but vary less than
+# they should. Smaller steps do not help, because std and keep depend on s alone: however short a
+# step is, it replaces the same share of the noise. The paper's results are with the flow SDE, our
 # default.
 
 
@@ -147,7 +147,7 @@ class Step(NamedTuple):
     s: torch.Tensor
     keep: torch.Tensor  # the factor of noise_guess
     std: torch.Tensor  # how much fresh noise is added
-    kl_scale: torch.Tensor  # stands for std in kl_penalty: sigma for the flow SDE, std for CPS
+    kl_scale: torch.Tensor  # kl_penalty divides by it: sigma for the flow SDE, std for CPS
 
 
 def make_step(times, i, noise_level, sde="flow"):
@@ -194,8 +194,8 @@ def gaussian_log_prob(x_next, mean, std):
 
     PAPER/CODE: For CPS the code leaves out the factor 1 / (2 * std^2) of a Gaussian. We keep it.
     This factor gives late steps the largest gradients, because the std of CPS shrinks with s. In
-    the early steps that the preset sd3.5-medium-fast trains, the factor is about 1, so that the
-    preset's clip range still fits.
+    the early steps that the preset sd3.5-medium-fast trains, the factor is about 1, so the preset's
+    clip range still fits.
     """
     z = (x_next - mean) / std
     log_density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -213,9 +213,10 @@ def kl_penalty(mean, mean_ref, kl_scale):
     is for language models.
 
     PAPER/CODE: The code takes the mean over D, and for the flow SDE it has sigma^2 in place of
-    std^2 = sigma^2 * (t-s). We do the same, because the published beta belongs to it. For CPS the
-    code divides by std^2, as it should. This makes the penalty several times larger than sigma^2
-    would, so with CPS a smaller beta is right.
+    std^2 = sigma^2 * (t-s). We do the same, because the published beta was tuned with it. For CPS
+    the code divides by std^2, as it should. In the early steps this makes the penalty 5 to 20 times
+    larger than sigma^2 would, and much larger in the late ones, so with CPS a smaller beta is
+    right.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -305,8 +306,8 @@ def choose_window(config, rng):
     decide most of what an image shows, and even one of them makes the images of a group differ.
     Late steps decide little, yet have the largest gradients: late steps have a small std, and the
     gradient of log_prob grows with 1 / std. (On SD3.5's time grid the late steps are also longer,
-    so that their mean depends more on v.) In the toy they drown out the early steps. The authors
-    found later (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
+    so their mean depends more on v.) In the toy, the late steps drown out the early ones. The
+    authors found later (Flow-GRPO-Fast, with PickScore) that two random steps are enough.
     """
     if config.window == 0:
         return range(config.train_steps - 1)
@@ -318,8 +319,8 @@ def choose_window(config, rng):
 def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
     """Sample B images in T steps, a group of them for each prompt -> Rollout
 
-    first_seeds [B] are for the first noise of each image, fresh_seeds [B] for its SDE steps. If
-    there are none, fresh_seeds is empty.
+    first_seeds [B] are for the first noise of each image, fresh_seeds [B] for its SDE steps. For
+    an empty window, fresh_seeds is empty, too.
 
     Training samples in 10 steps instead of 40, which the paper calls denoising reduction. The
     images are worse, but good enough to be compared. The same network gives v in 10 and in 40
@@ -354,7 +355,7 @@ def rollout(policy, config, prompts, first_seeds, T, window, fresh_seeds=()):
                 latents[batch, k + 1] = x
                 log_prob[batch, k] = step_log_prob
             else:
-                x = x + v * (step.s - step.t)  # the ODE, which needs only the times of the step
+                x = x + v * (step.s - step.t)  # the ODE needs neither std nor keep
         images += policy.decode(x)
     return Rollout(images, condition, times, window, latents, log_prob)
 
@@ -367,7 +368,8 @@ def generators(seeds):
 def update(policy, config, episodes, advantages):
     """The updates of an epoch -> metrics
 
-    episodes is the Rollout of this process, and advantages [B] are those of its images.
+    episodes is the Rollout of this process, an episode for each of its B images. advantages [B] are
+    those of these images.
 
     Several small updates usually get further than a large one. So the images are split, and each
     update gets a part of every group. From the second update on, the images come from a slightly
@@ -393,8 +395,7 @@ def update(policy, config, episodes, advantages):
         pairs_of_all_processes = len(pairs) * WORLD.num_processes
         for batch in progress(pairs.split(config.batch_size), "update"):
             policy_loss, kl, ratio = losses(policy, config, episodes, advantages, batch)
-            is_first_update = update_number == 0
-            check_ratio(ratio, config.clip_range, is_first_update)
+            check_ratio(ratio, config.clip_range, is_first_update=update_number == 0)
             loss = policy_loss + config.beta * kl
             # Gradients add up over the batches, and in optimize() over the processes. Dividing by
             # the number of all pairs makes their sum the gradient of the mean loss.
@@ -406,8 +407,9 @@ def update(policy, config, episodes, advantages):
 
     kl = gather(torch.cat(kls))
     ratio = gather(torch.cat(ratios))
-    # Ratios outside of the clip range, whatever the sign of their advantage. More are too low than
-    # too high, because on average no policy makes the x_next as likely as the one that drew them.
+    # Ratios outside of the clip range, whatever the sign of their advantage. clip_low is usually
+    # the larger one: on average the log of a ratio is below 0, because no policy makes the x_next
+    # as likely as the policy that drew them.
     clip_low = ratio < 1 - config.clip_range
     clip_high = ratio > 1 + config.clip_range
     return {
@@ -450,7 +452,11 @@ def losses(policy, config, episodes, advantages, batch):
 
 
 def check_ratio(ratio, clip_range, is_first_update):
-    """Stop if a ratio is not finite, or if in the first update it differs from 1."""
+    """Stop if a ratio is not finite, or if in the first update it differs from 1.
+
+    Before the first update, the policy is still the one that drew the images. If a ratio is not 1
+    then, the update computes another log_prob than the rollout did, and its gradient is wrong.
+    """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
     off = (ratio - 1).abs().max().item()
@@ -511,7 +517,7 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
 
     metrics = update(policy, config, episodes, own_advantages)
 
-    # The share of groups that teach nothing, because all their images have the same score.
+    # The share of groups without a signal from the reward: all their images have the same score.
     equal = group_scores.amax(1) == group_scores.amin(1)
     metrics["no_signal"] = equal.float().mean()
     for key, values in scores.items():
@@ -602,8 +608,8 @@ def train(config):
         start = time.time()
         metrics = {"epoch": epoch}
         if epoch > 0:
-            # Late in a run, most groups may have equal scores. Then the model is moved less by the
-            # reward than by the noise of the few other groups and by the KL penalty. A learning
+            # Late in a run, all images of most groups may have the same score. What then moves the
+            # weights is mostly the noise of the few other groups, and the KL penalty. A learning
             # rate that falls keeps these moves small.
             learning_rate = config.learning_rate
             if config.lr_decay:
@@ -629,10 +635,12 @@ ALPHA_OVER_RANK = 2  # as in the official code
 class Policy:
     """An SD3 pipeline (the toy is one) with a LoRA, an optimizer and a moving average of the LoRA
 
-    For another family, write a subclass like SanaPolicy below, with the methods that differ, and
-    enter it in POLICIES. To test it, sample with an empty window. The images must be those of the
-    family's own pipeline, with the same scheduler and noise. The tests do this for all in their
-    list FAMILIES.
+    For another family, write a subclass like SanaPolicy below and enter it in POLICIES. It always
+    needs its own lora_layers, forward (where v and t get the family's sign and scale) and
+    encode_batch (which returns two tensors), and sometimes more. Latents must be square.
+
+    To test it, sample with an empty window. The images must be those of the family's own pipeline,
+    with the same scheduler and noise. The tests do this for all in their list FAMILIES.
     """
 
     lora_layers = [  # as in the official code: the attention of image tokens and of text tokens
@@ -647,7 +655,7 @@ class Policy:
             if "text_encoder" in name and part is not None:
                 self.encoders.append(part)
             if "tokenizer" in name and part is not None:
-                self.tokenizer = part  # in the end the last one, that of T5 or Gemma
+                self.tokenizer = part  # the last one stays: that of T5 or Gemma
         pipe.vae.to(WORLD.device)
         pipe.transformer.to(WORLD.device)
         if config.gradient_checkpointing:
@@ -695,7 +703,7 @@ class Policy:
         return v.float()
 
     def forward(self, x, t, embeds, pooled):
-        """The network's v, which leads from the image to the noise. t [B] is 1 for noise."""
+        """The network's noise - data. t [B] is 1 for noise."""
         return self.network(
             hidden_states=x,
             timestep=1000 * t,  # the scale that SD3 was trained with
@@ -753,8 +761,8 @@ class Policy:
             shift = 0
         pixels = vae.decode(latents / vae.config.scaling_factor + shift).sample
         if not pixels.isfinite().all():
-            sys.exit("the pixels of an image are not finite. In epoch 0 the cause is "
-                     f"--model {self.config.model} itself, later lower --learning_rate")
+            sys.exit("the pixels of an image are not finite. In epoch 0, the cause is --model "
+                     f"{self.config.model} itself. Later, try a lower --learning_rate")
         return self.pipe.image_processor.postprocess(pixels)
 
     def reference(self):
@@ -778,7 +786,7 @@ class Policy:
         """One update with the gradients of all processes -> their norm before clipping"""
         for p in self.params:
             p.grad = reduce(p.grad, "sum")
-        # The 1.0 is from the code. The toy's norms are far below it, so that nothing is clipped.
+        # The 1.0 is from the code. The toy's norms are far below it, so nothing is clipped.
         norm = clip_grad_norm_(self.params, 1.0)
         if not norm.isfinite():
             sys.exit("the gradient is not finite: lower --learning_rate")
@@ -899,7 +907,7 @@ class SanaPolicy(Policy):
 
     def encode_batch(self, prompts):
         instruction = self.instruction
-        if prompts == [""]:  # for guidance
+        if prompts == [""]:  # the empty prompt of guidance gets no instruction
             instruction = None
         embeds, mask, _, _ = self.pipe.encode_prompt(
             prompts, do_classifier_free_guidance=False, complex_human_instruction=instruction,
@@ -934,7 +942,7 @@ def load_policy(config):
     unit = 2 * pipe.vae_scale_factor  # SD3 and FLUX join 2 x 2 latents in a token
     if config.resolution % unit:
         sys.exit(f"--resolution {config.resolution} must be a multiple of {unit}")
-    limit = policy.network.config.get("pos_embed_max_size")  # in tokens a side. Only SD3 has one
+    limit = policy.network.config.get("pos_embed_max_size")  # in tokens per side. Only SD3 has one
     if limit and config.resolution > limit * unit:
         sys.exit(f"--resolution {config.resolution} must be at most {limit * unit}")
     return policy
@@ -1024,8 +1032,8 @@ PAPER = dict(
     beta=0.04,  # for GenEval and OCR. For PickScore it is 0.01
     std_over="epoch",
     lora_rank=32,
-    # PAPER/CODE: After every 8th update the code renews the average twice, with a decay of 0.9. We
-    # renew it after each update. A decay of 0.974 comes to the same in 8 updates: 0.974^8 = 0.9^2.
+    # PAPER/CODE: After every 8th update the code updates the average twice, with a decay of 0.9. We
+    # do it after each update. In 8 updates a decay of 0.974 has the same effect: 0.974^8 = 0.9^2.
     ema_decay=0.974,
     batch_size=8,  # ours
     eval_prompts=0,
@@ -1079,7 +1087,7 @@ PRESETS = {
         noise_level=0.9,
         beta=0.0,
         lora_rank=64,
-        ema_decay=0.924,  # the code renews it six times after every 8th update: 0.924^8 = 0.9^6
+        ema_decay=0.924,  # the code updates it six times after every 8th update: 0.924^8 = 0.9^6
         batch_size=4,  # this and the next to save memory
         gradient_checkpointing=True,
     ),
@@ -1188,7 +1196,7 @@ def check_machine(config):
     if config.name and not config.resume and Path("runs", config.name, "checkpoint.pt").exists():
         sys.exit(f"--name {config.name}: this run exists. Continue it with "
                  f"--resume runs/{config.name}, or take another name")
-    runs = "runs" if Path("runs").exists() else "."
+    runs = "runs" if Path("runs").exists() else "."  # if there is no folder runs, it is made here
     if not os.access(runs, os.W_OK):
         sys.exit(f"the folder {Path(runs).resolve()} cannot be written to")
 
