@@ -415,7 +415,7 @@ def test_pixels_that_are_not_finite_name_the_culprit():
     policy.params[0].data[:] = torch.nan
     says = exits(draw, policy)
     assert "pixels of an image are not finite" in says
-    assert f"--model {TINY_SD3} itself, later lower --learning_rate" in says
+    assert f"--model {TINY_SD3} itself. Later, try a lower --learning_rate" in says
 
 
 # ------------------------------------------------------------------------------------- 4. training
