@@ -193,7 +193,7 @@ def hacking():
             (diversity, "watched: diversity in a prompt", "rms difference",
              "eval_reward/diversity")):
         for beta, penalty, color in (
-                ("0.3", "with a beta of 0.3", PREFERENCE), ("0", "without the penalty", WRONG)):
+                ("0.3", "KL penalty (beta 0.3)", PREFERENCE), ("0", "no KL penalty", WRONG)):
             for row in runs(f"hacking/beta{beta}"):
                 points = curve(row, key)
                 line, = axes.plot(points.keys(), points.values(), ".-", color=color)
@@ -211,7 +211,7 @@ OPTIONS = {
     "noise0.4": "noise_level 0.4 instead of 0.7",
     "noise0.1": "noise_level 0.1",
     "start0-3": "another random step in each epoch, of the first 4",
-    "different-noise": "no first noise shared by a group",
+    "different-noise": "each image of a group starts from its own noise",
     "groups4x32": "4 groups of 32 instead of 16 of 8",
     "std-group": "advantages divided by the std of the group",
     "clip1e-4": "clip_range 1e-4 instead of 1e-3",
@@ -305,7 +305,7 @@ def marginals():
         axes.fill_between(x, densities(x, t).sum(1), color="0.85", label="exact")
         for label, color, path in (
                 ("ODE", ODE, sample(T, "flow", noise_level=0.0)),
-                ("equation 9", SDE, sample(T, "flow", noise_level=0.7)),
+                ("paper's SDE", SDE, sample(T, "flow", noise_level=0.7)),
                 ("CPS", CPS, sample(T, "cps", noise_level=0.7)),
                 ("drift not corrected", WRONG,
                  sample(T, "flow", noise_level=0.7, correct_drift=False))):
@@ -393,11 +393,11 @@ def where_noise_decides():
         norms = gradient_norms(policy, config, episodes, advantages.flatten())
         gradients.plot(step_numbers, norms, "o-", color=color, label=title)
         print(f"{title}: the ninth step's gradient is {norms[8] / norms[0]:.0f} times the first's")
-    differences.set_title("Which step decides the reward? (Only this one is random.)")
+    differences.set_title("One random step: how much does it change the reward?")
     differences.set_xlabel("which of the 10 steps is random")
     differences.set_ylabel("std of the reward in a group")
     differences.legend()
-    gradients.set_title("Which step has the largest gradient? (1 to 9 are random.)")
+    gradients.set_title("Nine random steps: which has the largest gradient?")
     gradients.set_xlabel("step")
     gradients.set_ylabel("norm of its gradient")
     gradients.set_yscale("log")
