@@ -1358,7 +1358,8 @@ def draw_before_after(before, after, folder):
     rows = math.ceil(len(titles) / 3)
     height = 1.5 + 0.15 * longest  # of two images and their title, in inches
     figure = Figure(figsize=(8.8, 0.3 + rows * height), layout="constrained")
-    figure.suptitle(f"before training (left) and after epoch {int(after.name)} (right)")
+    epoch = int(after.name)
+    figure.suptitle(f"before training (left) and after epoch {epoch} (right), with their rewards")
     for number, (image_before, image_after) in enumerate(zip(images_before, images_after)):
         gap = Image.new("RGB", (image_before.width // 24, image_before.height), "white")
         plot = figure.add_subplot(rows, 3, number + 1)

@@ -1684,7 +1684,8 @@ def test_before_after_shows_two_evaluations_with_whole_captions(tmp_path, figure
         flow_grpo.save_images(gray(level, level // 2), rows, [0.25, score], folder)
     flow_grpo.draw_before_after(*folders, tmp_path)
     assert (tmp_path / "before_after.png").read_text() == "a picture"
-    assert figures[0].get_suptitle() == "before training (left) and after epoch 2 (right)"
+    assert figures[0].get_suptitle() == (
+        "before training (left) and after epoch 2 (right), with their rewards")
 
     first, second = [plot for plot in figures[0].axes if plot.get_images()]
     assert (first.get_subplotspec().num1, second.get_subplotspec().num1) == (0, 1)

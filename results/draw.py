@@ -85,7 +85,7 @@ def results_table():
             ("scenes: all as asked", "geneval --eval_prompts 0", "geneval", "eval_accuracy",
              "0.63 to 0.95"),
             ("preference: a small PickScore", "toy_pickscore --eval_prompts 0", "pickscore",
-             "eval_reward", "0.835 to 0.897, by PickScore / 26")):
+             "eval_reward", "0.835 to 0.897 (PickScore / 26)")):
         before = finals(f"base/{run}", key)
         after = finals(f"{run}/default", key)
         rows.append([judged, f"`--reward {options}`", spread(before), spread(after), len(after),
@@ -190,7 +190,7 @@ def hacking():
     for axes, title, label, key in (
             (reward, "trained: the toy's PickScore", "score", "eval_reward"),
             (taste, "watched: quality", "quality, at most 1", "eval_reward/toy_taste"),
-            (diversity, "watched: diversity in a prompt", "rms difference",
+            (diversity, "watched: diversity", "rms difference of images",
              "eval_reward/diversity")):
         for beta, penalty, color in (
                 ("0.3", "KL penalty (beta 0.3)", PREFERENCE), ("0", "no KL penalty", WRONG)):
@@ -203,6 +203,8 @@ def hacking():
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     taste.legend(loc="lower left")
+    title = "Without the KL penalty: more reward, but less quality and diversity"
+    figure.suptitle(title, fontsize=9)
     save(figure, "hacking")
 
 
@@ -311,7 +313,7 @@ def marginals():
                  sample(T, "flow", noise_level=0.7, correct_drift=False))):
             at_t = path[round((1 - t) * T)]
             if t == 0:
-                label = f"{label}: width {width(at_t):.2f}"
+                label = f"{label}: {width(at_t):.2f}"
             outline(axes, at_t, color, label)
         axes.set_title(title)
         axes.set_xlabel("x")
@@ -319,7 +321,8 @@ def marginals():
         axes.set_yticks([])
         axes.margins(y=0.6)  # room for the legend
         axes.set_ylim(bottom=0)
-        axes.legend(loc="upper right", handlelength=1)
+        axes.legend(loc="upper right", handlelength=1,
+                    title="width of the right mode" if t == 0 else None, title_fontsize=8)
     half.set_ylabel("density")
     save(figure, "marginals")
 
@@ -351,6 +354,7 @@ def last_step():
     axes.annotate(f"{left:.2f}, where 0.009 belongs", (0.009, left), (0.21, 0.42), fontsize=9,
                   arrowprops=dict(arrowstyle="->"))
     axes.legend()
+    axes.set_title("All steps but the last random: too much noise is left in the image")
     save(figure, "last_step")
 
 
@@ -393,12 +397,12 @@ def where_noise_decides():
         norms = gradient_norms(policy, config, episodes, advantages.flatten())
         gradients.plot(step_numbers, norms, "o-", color=color, label=title)
         print(f"{title}: the ninth step's gradient is {norms[8] / norms[0]:.0f} times the first's")
-    differences.set_title("One random step: how much does it change the reward?")
-    differences.set_xlabel("which of the 10 steps is random")
+    differences.set_title("Early steps change the reward most ...")
+    differences.set_xlabel("which of the 10 steps is random, the others are not")
     differences.set_ylabel("std of the reward in a group")
     differences.legend()
-    gradients.set_title("Nine random steps: which has the largest gradient?")
-    gradients.set_xlabel("step")
+    gradients.set_title("... but late steps have the largest gradients")
+    gradients.set_xlabel("step (steps 1 to 9 are all random)")
     gradients.set_ylabel("norm of its gradient")
     gradients.set_yscale("log")
     gradients.legend()
