@@ -3,15 +3,16 @@
     reward(images: list[PIL.Image], prompts: list[str], metadata: list[dict]) -> list[float]
 
 metadata are the rows of the dataset, which contain the prompts. `--reward` takes a name from
-REWARDS below, your own "file.py:function", or a weighted sum of these, "ocr:1,pickscore:0.5". Your
-own function is the reward. The functions in REWARDS load what a reward needs, such as a model, and
-return the reward, so only what is asked for gets loaded. "The paper" is Flow-GRPO (arXiv
-2505.05470), "official" means github.com/yifan123/flow_grpo.
+REWARDS below, your own "file.py:function", or a weighted sum of these, "ocr:1,pickscore:0.5". Each
+function in REWARDS loads what its reward needs, such as a model, and returns the reward. So only
+what is asked for gets loaded. Your own function is the reward itself. "The paper" is Flow-GRPO
+(arXiv 2505.05470), "official" means github.com/yifan123/flow_grpo.
 
 A reward may have an attribute `check` (`ocr` sets one), a function of all prompts and metadata. It
-is called before training and raises RewardError for a prompt that the reward cannot judge. Scores
-are never made up: if a reward fails, the run stops. PAPER/CODE marks where the paper, the official
-code and this file differ. (ImageReward is missing: its package needs an old transformers.)
+is called before training and raises RewardError for a prompt that the reward cannot judge. If a
+reward fails, the run stops: a failure never counts as a score of 0. PAPER/CODE marks where the
+paper, the official code and this file differ. (ImageReward is missing: its package needs an old
+transformers.)
 """
 import importlib.util
 import json
@@ -43,22 +44,23 @@ class RewardError(ValueError):
 def ocr():
     """How much of the text in double quotes can be read: max(1 - N_e / N_ref, 0) (section 5.1).
 
-    N_e is the edit distance from what is read to the N_ref characters that were asked for.
+    N_e is the edit distance from what is read to the N_ref characters that were asked for. Case,
+    spaces, and more text around a complete target do not count (official ocr.py).
     Engine: PaddleOCR's PP-OCRv6 (small) on onnxruntime, inside the `rapidocr` package.
     """
     import onnxruntime
     from rapidfuzz.distance import Levenshtein
     from rapidocr import RapidOCR
     onnxruntime.disable_telemetry_events()
-    # Many engines with one thread each are faster than one with many.
+    # Many engines with one thread each are faster than one engine with many threads.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
     threads = max(1, cores // processes)
     options = {
         "Global.log_level": "critical",
         "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-        # Small images are not enlarged, and short lines are not padded. Both would be slow, and
-        # would not help.
+        # Small images are not enlarged, and short lines are padded less. More of both would be
+        # slow, and would not help.
         "Det.limit_type": "max",
         "Det.limit_side_len": 960,
         "Rec.rec_img_shape": [3, 48, 160],
@@ -100,13 +102,10 @@ def quoted(prompt):
 
 
 def text_score(text, target, distance):
-    """From 0 to 1. Case and spaces do not count, and more text around a complete target does no
-    harm (official ocr.py).
-    """
+    """max(1 - N_e / N_ref, 0) of what `ocr` says"""
     if not target.isascii():
-        # PAPER/CODE: The official code compares all characters as they are, and so do we if the
-        # target is ASCII. But a target with a curly apostrophe could then never be right, because
-        # the engine reads a straight one.
+        # PAPER/CODE: The official code does not do this. But then a target with a curly apostrophe
+        # could never be right, because the engine reads a straight one.
         text = plain(text)
         target = plain(target)
     text = without_spaces(text).lower()
@@ -137,7 +136,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 
 def geneval_score(found, row):
-    """The paper's rule-based reward (section 5.1). It is 1 if all is as asked.
+    """The paper's rule-based reward (section 5.1). It is 1 if everything is as asked.
 
     found: [{"class", "color", "box": (left, top, right, bottom)}], row: GenEval metadata. Each
     entry of its "include" gives up to three terms, and the score is the mean of all:
@@ -150,7 +149,7 @@ def geneval_score(found, row):
     As an exact count is asked for, the "exclude" of GenEval's counting prompts is not needed.
     """
     terms = []
-    # For each entry, the objects found for it, or [] if anything of it is wrong. Then every place
+    # For each entry, the objects found for it, or [] if any of its terms is wrong. Then every place
     # relative to them is wrong, too. (PAPER/CODE: The code does this, the paper does not say.)
     references = []
     for asked in row["include"]:
@@ -166,8 +165,8 @@ def geneval_score(found, row):
                 terms.append(0.0)
         if asked.get("position"):
             # PAPER/CODE: after a wrong place the official code adds another term of 1, so two
-            # objects in a wrong place score 0.75 instead of 2/3. We follow the paper.
-            relation, index = asked["position"]  # ["left of", 0]: of the objects of the first entry
+            # objects in a wrong place score 0.75 instead of 2/3. We do not add it.
+            relation, index = asked["position"]  # ["left of", 0]: left of the first entry's objects
             is_right = is_right and all_are(relation, objects, references[index])
             terms.append(float(is_right))
         if is_right:
@@ -255,12 +254,9 @@ def check_metadata(prompts, metadata, classes, colors):
 def scene_reward(judge, classes, colors):
     """Turns judge(image, row), which scores one image, into a reward with a check."""
     def reward(images, prompts, metadata):
-        check_metadata(prompts, metadata, classes, colors)
         return [judge(image, row) for image, row in zip(images, metadata)]
 
-    def check(prompts, metadata):
-        check_metadata(prompts, metadata, classes, colors)
-    reward.check = check
+    reward.check = partial(check_metadata, classes=classes, colors=colors)
     return reward
 
 
@@ -277,7 +273,7 @@ computer_keyboard cell_phone microwave oven toaster sink refrigerator book clock
 teddy_bear hair_drier toothbrush""".split()]
 
 
-# What mmdet's test pipeline makes of an image before it looks for objects, in pixels
+# The size in pixels to which mmdet brings an image before it looks for objects
 DETECTOR_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 
 
@@ -287,9 +283,11 @@ def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", clip
     Models: Mask2Former Swin-S, trained on COCO (0.3 GB), and CLIP ViT-L/14 (1.7 GB) for colors.
     As in the original evaluator (arXiv 2310.11513): confidence above 0.3, or 0.9 when counting; at
     most 16 objects of a class; the shorter side of an image is resized to 800 pixels; CLIP sees
-    only the object, cut out on gray, to name its color. But the weights are the hub's copy of
-    Mask2Former and OpenAI's of CLIP, not mmdet's and open_clip's. And images are not compressed to
-    JPEG, as they are in the official training.
+    only the object, cut out on gray, to name its color. But the weights of Mask2Former are the
+    hub's, not mmdet's, and transformers makes its masks at 384 pixels.
+
+    PAPER/CODE: The official training sends images as JPEG, and gives mmdet RGB where it expects
+    BGR. We do neither.
     """
     detect = load_detector(detector)
     _, embed_images, embed_texts = load_clip(clip, clip)
@@ -299,7 +297,7 @@ def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", clip
         found = detect(image, threshold)
         colored = [asked["class"] for asked in row["include"] if asked.get("color")]
         for thing in found:
-            if thing["class"] in colored:  # only then, as it takes a pass through CLIP
+            if thing["class"] in colored:  # only then, because it takes a pass through CLIP
                 thing["color"] = name_color(embed_images, embed_texts, image, thing)
         return geneval_score(found, row)
     return scene_reward(judge, PHOTO_CLASSES, PHOTO_COLORS)
@@ -345,7 +343,14 @@ def name_color(embed_images, embed_texts, image, thing):
     gray = Image.new("RGB", image.size, "#999999")  # as in GenEval
     cut_out = Image.composite(image.convert("RGB"), gray, thing["mask"])
     alone = cut_out.crop(thing["box"])
-    kind = thing["class"]
+    picture = embed_images([alone])[0]
+    cosines = color_directions(embed_texts, thing["class"]) @ picture
+    return PHOTO_COLORS[int(cosines.argmax())]
+
+
+@lru_cache  # once for each class
+def color_directions(embed_texts, kind):
+    """What CLIP makes of each of PHOTO_COLORS -> [10, D], of length 1"""
     phrases = []
     for color in PHOTO_COLORS:
         phrases.append(f"a photo of a {color} {kind}")
@@ -353,10 +358,7 @@ def name_color(embed_images, embed_texts, image, thing):
         phrases.append(f"a photo of a {color} object")
     texts = embed_texts(phrases)  # [30, D]
     means = texts.view(len(PHOTO_COLORS), 3, -1).mean(1)  # over the three phrases of a color
-    directions = unit_length(means)
-    picture = embed_images([alone])[0]
-    cosines = directions @ picture
-    return PHOTO_COLORS[int(cosines.argmax())]
+    return unit_length(means)
 
 
 # ------------------------------------------------------------------------- preference and alignment
@@ -372,14 +374,17 @@ def pickscore(name="yuvalkirstain/PickScore_v1",
 
 
 def clipscore(name=CLIP):
-    """Alignment: 100 x the cosine of image and prompt. Model: CLIP ViT-L/14 (1.7 GB)."""
+    """Alignment: 100 x the cosine of image and prompt, divided by 30 as in the official
+    clip_scorer.py. Model: CLIP ViT-L/14 (1.7 GB).
+    """
     _, embed_images, embed_texts = load_clip(name, name)
-    return cosine_reward(embed_images, embed_texts, 100)
+    return cosine_reward(embed_images, embed_texts, 100 / 30)
 
 
 def aesthetic(name=CLIP, head="trl-lib/ddpo-aesthetic-predictor"):
-    """Beauty, about 1 to 10, whatever the prompt: linear layers (4 MB) on CLIP ViT-L/14 (1.7 GB).
+    """Beauty from about 1 to 10. The prompt does not count.
 
+    Model: linear layers (4 MB) on the embedding of CLIP ViT-L/14 (1.7 GB). They are
     LAION's sac+logos+ava1-l14-linearMSE: github.com/christophschuhmann/improved-aesthetic-predictor
     """
     import huggingface_hub
@@ -442,9 +447,10 @@ def unit_length(embeds):
 
 # ---------------------------------------------------------------------------------------- diversity
 def diversity():
-    """The mean distance of an image to the others of its prompt, 0 if it is the only one. The
-    distance of two images is the root mean square difference of their pixels, from 0 to 1. Only the
-    images of one process are compared.
+    """The mean distance of an image to the other images of its prompt, 0 if there are none
+
+    The distance of two images is the root mean square difference of their pixels, from 0 to 1. Only
+    the images of one process are compared.
     """
     def reward(images, prompts, metadata):
         pixels = [np.asarray(image, float) / 255 for image in images]
@@ -484,9 +490,9 @@ HAVE_A_RIGHT_ANSWER = ("reward/ocr", "reward/geneval", "reward/geneval_photo")  
 def load_prompts(config, split):
     """-> a list of dicts, each with a "prompt"
 
-    As in the official repository, a dataset is a folder with a train.txt that has a prompt on each
-    line, or a train_metadata.jsonl that has such a dict on each line. The same for test. Without
-    --dataset, it is the toy's: words if --reward contains ocr, scenes otherwise.
+    As in the official repository, a dataset is a folder. It has train.txt and test.txt with a
+    prompt on each line, or train_metadata.jsonl and test_metadata.jsonl with such a dict on each
+    line. Without --dataset, it is the toy's: words if --reward contains ocr, scenes otherwise.
     """
     toy_task = "ocr" if "ocr" in parse(config.reward, "--reward") else "geneval"
     folder = Path(config.dataset or f"{TOY}/{toy_task}")
@@ -624,8 +630,8 @@ def import_function(name, option):
 
 
 def check(loaded, rows):
-    """Fail now rather than late: check all prompts, and score two black images as a trial, because
-    some mistakes need more than one image.
+    """Fail now rather than late: check all prompts, and score two black images as a trial (some
+    mistakes show only with more than one).
     """
     for name, (reward, _) in loaded.items():
         if hasattr(reward, "check"):
