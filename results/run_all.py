@@ -1,4 +1,4 @@
-"""The runs behind results/README.md, four to six hours on 2 cores
+"""The runs behind results/README.md, about three hours on 2 cores
 
   python results/run_all.py                # make the runs that results/runs.jsonl does not have
   python results/run_all.py FILE           # the runs that FILE does not have: all, if it is new
