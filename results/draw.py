@@ -162,7 +162,7 @@ def curves():
     text, scenes, preference = figure.subplots(1, 3)
     for axes, title, label, color, name, key in (
             (text, "text", "words read without a mistake", TEXT, "ocr/default", "eval_accuracy"),
-            (scenes, "scenes (GenEval)", "images with all as asked", SCENES, "geneval/default",
+            (scenes, "scenes", "images with all as asked", SCENES, "geneval/default",
              "eval_accuracy"),
             (preference, "preference", "score of the toy's PickScore", PREFERENCE,
              "pickscore/default", "eval_reward")):
