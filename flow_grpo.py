@@ -1122,9 +1122,12 @@ def parse_config(argv=None):
 
     The command line wins over the preset or the run to resume, and these win over Config. So tyro
     parses twice. The first time is only to find the preset or the run. The second time, its values
-    are the defaults.
+    are the defaults, which --help shows.
     """
-    asked = parse_command_line(argv, {})
+    if argv is None:
+        argv = sys.argv[1:]
+    without_help = [word for word in argv if word not in ("-h", "--help")]
+    asked = parse_command_line(without_help, {})
     if asked.resume:
         if asked.preset:
             sys.exit(f"--preset {asked.preset}: not with --resume, which keeps a run's options")

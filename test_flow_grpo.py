@@ -1564,6 +1564,12 @@ def test_the_defaults_and_presets_have_these_values(parse, preset):
     assert asdict(config) == VALUES[preset] | {"preset": preset}
 
 
+def test_help_shows_the_values_of_the_preset(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("--preset", "sd3.5-medium", "--help")
+    assert "pixels (default: 512)" in capsys.readouterr().out
+
+
 def test_the_first_reward_chooses_a_preset_and_an_option_wins_over_it(parse):
     geneval = parse("--preset", "geneval")
     for reward in ("geneval", "geneval:1", " geneval:0.5,ocr"):
