@@ -135,10 +135,10 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 # CPS (coefficients-preserving sampling) has the opposite error. If noise_guess had the variance 1,
 # the noise in x would have the variance keep^2 + std^2 = s^2, as it should. But noise_guess is an
 # average and varies less. So x_next varies too little: after a short step, the variance that is
-# missing is (s - keep)^2 * (1 - variance of noise_guess). The images are clean, but vary less than
-# they should. Smaller steps do not help, because std and keep depend on s alone: however short a
-# step is, it replaces the same share of the noise. The paper's results are with the flow SDE, our
-# default.
+# missing is (s - keep)^2 * (1 - variance of noise_guess). (This counts that the two guesses are
+# correlated.) The images are clean, but vary less than they should. Smaller steps do not help,
+# because std and keep depend on s alone: however short a step is, it replaces the same share of the
+# noise. The paper's results are with the flow SDE, our default.
 
 
 class Step(NamedTuple):
@@ -214,9 +214,9 @@ def kl_penalty(mean, mean_ref, kl_scale):
 
     PAPER/CODE: The code takes the mean over D, and for the flow SDE it has sigma^2 in place of
     std^2 = sigma^2 * (t-s). We do the same, because the published beta was tuned with it. For CPS
-    the code divides by std^2, as it should. In the early steps this makes the penalty 5 to 20 times
-    larger than sigma^2 would, and much larger in the late ones, so with CPS a smaller beta is
-    right.
+    the code divides by std^2, as it should. On SD3.5's grid of 10 steps with a = 0.8, this makes
+    the penalty 5 to 20 times larger than the flow SDE's sigma^2 would, and thousands of times in
+    the last SDE step, where s is almost 0. So with CPS a smaller beta is right.
     """
     penalty = (mean - mean_ref) ** 2 / (2 * kl_scale**2)
     return penalty.flatten(1).mean(1)
@@ -407,9 +407,9 @@ def update(policy, config, episodes, advantages):
 
     kl = gather(torch.cat(kls))
     ratio = gather(torch.cat(ratios))
-    # Ratios outside of the clip range, whatever the sign of their advantage. clip_low is usually
-    # the larger one: on average the log of a ratio is below 0, because no policy makes the x_next
-    # as likely as the policy that drew them.
+    # The share of ratios outside of the clip range, whatever the sign of their advantage. The first
+    # update counts, too, though its ratios are all 1. clip_low is usually the larger one: averaged
+    # over what the old policy drew, log(ratio) is minus a KL divergence, so it is negative.
     clip_low = ratio < 1 - config.clip_range
     clip_high = ratio > 1 + config.clip_range
     return {
@@ -465,7 +465,7 @@ def check_ratio(ratio, clip_range, is_first_update):
     allowed = np.clip(clip_range / 2, 1e-5, 1e-4)
     if is_first_update and off > allowed:
         sys.exit(f"before the first update a ratio is off by {off:.2g}, but it must be 1: sampling "
-                 "and training do not compute the same thing (guidance? dropout?)")
+                 "and training do not compute the same thing (other guidance? dropout?)")
 
 
 # ------------------------------------------------------------------------------------- 4. training
@@ -500,7 +500,9 @@ def train_epoch(policy, config, train_rewards, train_set, epoch):
         first_seeds = repeat_each(group_seeds, group_size)
     window = choose_window(config, rng)
 
-    rows = my_part(chosen)  # if there are several processes, each has its part of the groups
+    # If there are several processes, each has its part of the groups. check_config makes sure that
+    # these parts are equal.
+    rows = my_part(chosen)
     prompts = [row["prompt"] for row in rows]
     episodes = rollout(policy, config, prompts, my_part(first_seeds), T=config.train_steps,
                        window=window, fresh_seeds=my_part(fresh_seeds))
@@ -593,7 +595,7 @@ def train(config):
         checkpoint = read_checkpoint(folder)
         policy.restore(checkpoint)
         history = checkpoint["history"]
-    # Accelerate only logs here. `optimize` adds up the gradients of all processes.
+    # This object only logs. `optimize` adds up the gradients of all processes.
     accelerator = Accelerator(log_with=config.report_to or None, project_dir=folder)
     name_in_wandb = {"wandb": {"name": folder.name}}
     accelerator.init_trackers("flow_grpo", asdict(config), name_in_wandb)
@@ -740,7 +742,7 @@ class Policy:
         """The scheduler's times [T+1]. For SD3.5 and T = 10: 1, 0.96, 0.91, ... 0.28, 0.009, 0."""
         scheduler = self.pipe.scheduler
         scheduler.set_timesteps(T, device=WORLD.device, **options)
-        times = scheduler.sigmas.float()
+        times = scheduler.sigmas.float().clone()  # not to change the scheduler's own
         is_complete = len(times) == T + 1
         falls = (times.diff() < 0).all()
         starts_at_1 = abs(times[0] - 1) <= 1e-6
@@ -985,14 +987,14 @@ class Config:
     window: int = 1  # how many steps are SDE steps, and trained. 0: all but the last
     latest_start: int = 0  # the window starts at a random step from 0 to this
     # One first noise for a group: its images then differ only by steps that are trained. Otherwise
-    # the few trained steps would get the credit for a lucky first noise. In the paper, where all
+    # a lucky first noise would be credited to the few trained steps. In the paper, where all
     # steps are random, different noises got higher rewards
     same_noise: bool = True
     guidance: float = 1.0  # classifier-free guidance, 1 is off. For FLUX its distilled guidance
     updates: int = 2  # optimizer steps in an epoch
     learning_rate: float = 3e-3  # of AdamW
     lr_decay: bool = True  # the learning rate falls linearly, epoch by epoch, towards 0
-    # Adam divides a gradient by its recent size plus adam_eps. Our losses are means over D, so in
+    # Adam divides the gradient by its recent size plus adam_eps. Our losses are means over D, so in
     # large models gradients can be as small as 1e-8, and then hardly anything moves. If the kl
     # stays at 0, try 1e-15
     adam_eps: float = 1e-8
@@ -1001,8 +1003,10 @@ class Config:
     std_over: Literal["epoch", "group"] = "epoch"  # whose std divides the advantages
     lora_rank: int = 32  # alpha is twice the rank
     ema_decay: float = 0.9  # of the averaged weights, which are evaluated and saved. 0: no average
-    batch_size: int = 64  # images in one pass of the network: more are faster and take more memory
-    eval_prompts: int = 0  # evaluate on the first so many test prompts. 0: on all
+    # How many images the network takes at once, or in the update, pairs of image and step. More are
+    # faster, and take more memory
+    batch_size: int = 64
+    eval_prompts: int = 0  # evaluate only on the first N test prompts. 0: on all
     eval_per_prompt: int = 2  # images of each of them
 
 
