@@ -1166,6 +1166,7 @@ def photo_score(photo_reward, monkeypatch):
 
     def score(found, *include, tag=""):
         def result(processor, outputs, threshold, target_sizes, return_binary_maps):
+            assert return_binary_maps  # or there would be one map, with the objects' numbers
             assert target_sizes == [(40, 48)]
             assert outputs.masks_queries_logits.shape[-2] == 96 // 4  # masks have a quarter
             masks = [torch.zeros(40, 48)]  # an empty mask is no object
