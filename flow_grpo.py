@@ -55,7 +55,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # diffusers imports onnxruntime
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for onnxruntime, which diffusers imports
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep instead of spinning
 
 import diffusers
@@ -135,10 +135,10 @@ for library in (diffusers, transformers):  # no warnings, no progress bars
 # CPS (coefficients-preserving sampling) has the opposite error. If noise_guess had the variance 1,
 # the noise in x would have the variance keep^2 + std^2 = s^2, as it should. But noise_guess is an
 # average and varies less. So x_next varies too little: after a short step, the variance that is
-# missing is (s - keep)^2 * (1 - variance of noise_guess). (This counts that the two guesses are
-# correlated.) The images are clean, but vary less than they should. Smaller steps do not help,
-# because std and keep depend on s alone: however short a step is, it replaces the same share of the
-# noise. The paper's results are with the flow SDE, our default.
+# missing is (s - keep)^2 * (1 - variance of noise_guess). (data_guess and noise_guess are
+# correlated. The formula includes this.) The images are clean, but vary less than they should.
+# Smaller steps do not help, because std and keep depend on s alone: however short a step is, it
+# replaces the same share of the noise. The paper's results are with the flow SDE, our default.
 
 
 class Step(NamedTuple):
@@ -368,8 +368,8 @@ def generators(seeds):
 def update(policy, config, episodes, advantages):
     """The updates of an epoch -> metrics
 
-    episodes is the Rollout of this process, an episode for each of its B images. advantages [B] are
-    those of these images.
+    episodes is the Rollout of this process, with an episode for each of its B images. advantages
+    [B] has the advantage of each image.
 
     Several small updates usually get further than a large one. So the images are split, and each
     update gets a part of every group. From the second update on, the images come from a slightly
@@ -454,8 +454,9 @@ def losses(policy, config, episodes, advantages, batch):
 def check_ratio(ratio, clip_range, is_first_update):
     """Stop if a ratio is not finite, or if in the first update it differs from 1.
 
-    Before the first update, the policy is still the one that drew the images. If a ratio is not 1
-    then, the update computes another log_prob than the rollout did, and its gradient is wrong.
+    Before the first update, the policy is still the one that drew the images, so each ratio must be
+    1. If it is not, the update computes another log_prob than the rollout did, and the gradient is
+    wrong.
     """
     if not ratio.isfinite().all():
         sys.exit("a ratio of new to old probability is not finite: lower --learning_rate")
@@ -742,7 +743,7 @@ class Policy:
         """The scheduler's times [T+1]. For SD3.5 and T = 10: 1, 0.96, 0.91, ... 0.28, 0.009, 0."""
         scheduler = self.pipe.scheduler
         scheduler.set_timesteps(T, device=WORLD.device, **options)
-        times = scheduler.sigmas.float().clone()  # not to change the scheduler's own
+        times = scheduler.sigmas.float().clone()  # so the scheduler's own stay as they are
         is_complete = len(times) == T + 1
         falls = (times.diff() < 0).all()
         starts_at_1 = abs(times[0] - 1) <= 1e-6

@@ -59,8 +59,8 @@ def ocr():
     options = {
         "Global.log_level": "critical",
         "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-        # Small images are not enlarged, and short lines are padded less. More of both would be
-        # slow, and would not help.
+        # Small images are not enlarged, and short lines are padded less than usual. Doing more
+        # of either would be slow, and would not help.
         "Det.limit_type": "max",
         "Det.limit_side_len": 960,
         "Rec.rec_img_shape": [3, 48, 160],
@@ -102,10 +102,10 @@ def quoted(prompt):
 
 
 def text_score(text, target, distance):
-    """max(1 - N_e / N_ref, 0) of what `ocr` says"""
+    """The score that `ocr` describes. distance(a, b) is the edit distance of two strings."""
     if not target.isascii():
-        # PAPER/CODE: The official code does not do this. But then a target with a curly apostrophe
-        # could never be right, because the engine reads a straight one.
+        # PAPER/CODE: The official code compares all characters as they are. But then a target with
+        # a curly apostrophe could never be right, because the engine reads a straight one.
         text = plain(text)
         target = plain(target)
     text = without_spaces(text).lower()
@@ -286,8 +286,8 @@ def geneval_photo(detector="facebook/mask2former-swin-small-coco-instance", clip
     only the object, cut out on gray, to name its color. But the weights of Mask2Former are the
     hub's, not mmdet's, and transformers makes its masks at 384 pixels.
 
-    PAPER/CODE: The official training sends images as JPEG, and gives mmdet RGB where it expects
-    BGR. We do neither.
+    PAPER/CODE: The official training sends images as JPEG, and gives mmdet RGB where mmdet
+    expects BGR. We do neither.
     """
     detect = load_detector(detector)
     _, embed_images, embed_texts = load_clip(clip, clip)
@@ -350,7 +350,7 @@ def name_color(embed_images, embed_texts, image, thing):
 
 @lru_cache  # once for each class
 def color_directions(embed_texts, kind):
-    """What CLIP makes of each of PHOTO_COLORS -> [10, D], of length 1"""
+    """CLIP's embedding of a class in each of PHOTO_COLORS -> [10, D], each of length 1"""
     phrases = []
     for color in PHOTO_COLORS:
         phrases.append(f"a photo of a {color} {kind}")

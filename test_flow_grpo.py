@@ -1124,7 +1124,8 @@ def by_hand(models):
 def test_clip_rewards_score_each_image_with_its_own_prompt(models, by_hand, name):
     clip, _ = models
     images, texts, logit_scale = by_hand
-    scale = {"pickscore": logit_scale / 26, "pickscore_unscaled": logit_scale, "clipscore": 100 / 30}
+    scale = {
+        "pickscore": logit_scale / 26, "pickscore_unscaled": logit_scale, "clipscore": 100 / 30}
     expected = scale[name] * (images * texts).sum(1)
     where = [clip] if name == "clipscore" else [clip, clip]
     reward = rewards.REWARDS[name](*where)
